@@ -1,0 +1,216 @@
+"""The command line: one short function per command; each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftkit import __version__
+
+app = typer.Typer(
+    name="peftkit", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="One YAML recipe becomes a trained, certified adapter.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the recipe; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else there.")]
+Base = Annotated[str | None, typer.Option("--base", help="Base model, where the one that the adapter names cannot be found.")]
+Adapter = Annotated[Path, typer.Option("--adapter", help="Run directory, or any PEFT adapter folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peftkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """One YAML recipe becomes a trained, certified adapter."""
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+    task: Annotated[str, typer.Option(help="Task type.")] = "CAUSAL_LM",
+    method: Annotated[str, typer.Option(help="Adapter method.")] = "lora",
+    model: Annotated[str | None, typer.Option(help="Hub id or local folder of the base model.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a commented starter recipe."""
+    from peftkit.commands import reference
+
+    reference.init(path, task, method, model, force)
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a recipe in half a second: keys, values, rules, files."""
+    from peftkit.commands import reference
+
+    reference.validate(recipe, overrides or [], as_json)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a run will do: targets, parameters, steps, tokens, memory. Loads no weights."""
+    from peftkit import console
+    from peftkit.commands import plan as command
+    from peftkit.recipe import load_recipe
+
+    result = command.plan(load_recipe(recipe, overrides or []))
+    console.print_json(result) if as_json else command.print_plan(result)
+
+
+@app.command()
+def params(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes; one line (or JSON object) each.")],
+    by_module: Annotated[bool, typer.Option("--by-module", help="A table by module too.")] = False,
+    compare: Annotated[str | None, typer.Option(help="Other methods to compare with, separated by commas.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count trainable and all parameters, from the model's config alone."""
+    from peftkit.recipe import load_recipe
+
+    loaded = [load_recipe(path, overrides or [], needs_data=False) for path in recipes]
+    from peftkit.commands import params as command
+
+    for recipe in loaded:
+        command.params(recipe, compare.lower().split(",") if compare else [], by_module, as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    output: Annotated[Path | None, typer.Option(help="Run directory; default: a new one in output.dir.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, or the newest unfinished one.")] = False,
+    processes: Annotated[int | None, typer.Option(help="Train with so many processes on this machine.")] = None,
+    launch: Annotated[Path | None, typer.Option(help="Train as this accelerate launch file says.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train, evaluate and certify."""
+    from peftkit import launch as launcher
+    from peftkit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if (processes or launch) and not launcher.is_worker():
+        launcher.launch(processes, launch, launcher.worker_arguments(loaded, output, resume, as_json))
+    from peftkit.commands import train as command
+
+    command.train_and_report(loaded, output, resume, as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or any PEFT adapter folder.")],
+    data: Annotated[Path | None, typer.Option(help="Rows to evaluate on; default: the run's test or validation rows.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Write one line per row here too.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute metrics and write predictions."""
+    from peftkit import console
+    from peftkit.commands import evaluate as command
+
+    result = command.evaluate(run, data, base, predictions, batch_size)
+    console.print_json(result) if as_json else command.print_evaluation(result)
+
+
+@app.command()
+def infer(
+    adapter: Adapter,
+    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    source: Annotated[Path | None, typer.Option("--input", help="Rows to answer (jsonl, json, csv, tsv, parquet, txt).")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the answers go, as JSON lines.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; 0: the likeliest token.")] = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt, a file, or chat when neither is given."""
+    from peftkit.commands import infer as command
+
+    settings = command.settings_from(max_new_tokens, temperature)
+    command.infer(adapter, base, prompt, (source, output), settings=settings, batch_size=batch_size, as_json=as_json)
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option(help="Folder of the merged model.")],
+    dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fold an adapter into its base, checked against the adapter."""
+    from peftkit import console
+    from peftkit.commands import merge as command
+
+    result = command.merge(adapter, base, output, dtype)
+    console.print_json(result) if as_json else command.print_merge(result)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: AsJson = False) -> None:
+    """List the adapter methods, or the fields of one."""
+    from peftkit.commands import reference
+
+    reference.list_methods(name, as_json)
+
+
+@app.command()
+def explain(key: Annotated[str, typer.Argument(help="A key, such as training.batch_size.")], as_json: AsJson = False) -> None:
+    """Explain one key of the recipe."""
+    from peftkit.commands import reference
+
+    reference.explain(key, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the recipe, for editors."""
+    from peftkit import console
+    from peftkit.recipe.explain import json_schema
+
+    console.print_json(json_schema())
+
+
+def main() -> None:
+    """Run the command line; the one place where errors become messages and exit codes."""
+    from peftkit.errors import PeftkitError
+
+    try:
+        app(prog_name="peftkit")
+    except PeftkitError as error:
+        _fail(f"peftkit: error (exit {error.exit_code})", str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("peftkit", "interrupted", 130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        _fail("peftkit: a bug of ours (exit 1)", _bug_report(error), 1)
+
+
+def _fail(title: str, text: str, code: int) -> Any:
+    from peftkit import console
+
+    console.print_error(title, text)
+    sys.exit(code)
+
+
+def _bug_report(error: Exception) -> str:
+    """Write the traceback to a file and say where."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", prefix="peftkit-", suffix=".log", delete=False, encoding="utf-8") as handle:
+        handle.write("".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {error}\nThe traceback is in {handle.name}; please report it with the recipe."

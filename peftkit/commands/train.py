@@ -1,0 +1,138 @@
+"""`peftkit train`: a recipe becomes a trained, certified adapter."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from peftkit import console
+from peftkit.engine.adapter import attach_adapter
+from peftkit.engine.blueprint import draw_blueprint
+from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
+from peftkit.engine.data import Data, load_data
+from peftkit.engine.evaluate import flat_metrics
+from peftkit.engine.guard import explain_exhaustion
+from peftkit.engine.hardware import detect_hardware, peak_memory_bytes, process_index
+from peftkit.engine.model import base_of, load_base_model, load_config, load_tokenizer, position_limit, set_pad_token
+from peftkit.engine.store import facts_of, initial_state, save_adapter, write_model_card
+from peftkit.engine.trainer import Trainer
+from peftkit.errors import PeftkitError
+from peftkit.plan import Plan, make_plan
+from peftkit.recipe import LoadedRecipe
+from peftkit.run import Run, environment, write_json
+
+
+def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
+    """Train, evaluate and certify; returns the summary that `--json` prints."""
+    plan = make_plan(loaded, detect_hardware())
+    tokenizer = load_tokenizer(plan)
+    data = load_data(plan, tokenizer, position_limit(load_config(base_of(plan)), tokenizer))
+    blueprint = draw_blueprint(plan, len(data.encoding.labels))
+    run = open_run(loaded, plan, output, resume)
+    reporter = console.reporter(process_index())
+    for note in blueprint.notes:
+        reporter.note(f"note: {note}")
+    reporter.note(f"run directory: {run.dir}")
+    reporter.note(f"trainable params: {blueprint.trainable_params} of {blueprint.all_params} ({blueprint.trainable_percent:.4f}%)")
+    if process_index() == 0:
+        write_json(run.environment_path, environment(plan, fingerprints(data)))
+        run.write_status("training", step=0)
+    try:
+        with explain_exhaustion(plan, data):
+            return _train_in(run, plan, tokenizer, data, reporter)
+    except PeftkitError as error:
+        run.write_status("stopped" if error.exit_code in (75, 130) else "failed", error=str(error), exit_code=error.exit_code)
+        raise
+    except KeyboardInterrupt:
+        run.write_status("stopped", error="interrupted", exit_code=130)
+        raise
+
+
+def train_and_report(loaded: LoadedRecipe, output: Path | None, resume: bool, as_json: bool) -> None:
+    """Train, then print the summary (rank 0 only)."""
+    result = train(loaded, output, resume)
+    if process_index() != 0:
+        return
+    if as_json:
+        console.print_json(result)
+        return
+    for split, values in result["metrics_by_split"].items():
+        console.print_text(f"{split}: {console.metrics_text(values)}")
+    certificate = result["certificate"]
+    console.print_text(
+        f"certificate passed: after reload into a fresh base, logits differ by at most {certificate['max_abs_diff']:.3g}"
+    )
+    console.print_text(f"adapter: {result['run_dir']}/adapter")
+
+
+def _train_in(run: Run, plan: Plan, tokenizer: Any, data: Data, reporter: console.LineReporter) -> dict[str, Any]:
+    base = base_of(plan)
+    base_model, missing = load_base_model(base, data.encoding.labels)
+    set_pad_token(base_model, tokenizer)
+    model = attach_adapter(base_model, plan, missing)
+    if plan.recipe.training.gradient_checkpointing:
+        base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    untrained = initial_state(model, plan)
+    runtime = plan.task.runtime(tokenizer, data.encoding)
+    accelerator = Accelerator(
+        mixed_precision=plan.mixed_precision, cpu=plan.hardware.device == "cpu", log_with=plan.recipe.output.report_to or None,
+        project_dir=str(run.dir),
+    )
+    if plan.recipe.output.report_to:
+        accelerator.init_trackers(plan.recipe.name or "peftkit", config={"recipe": run.resolved_path.read_text()})
+    trainer = Trainer(plan, model, runtime, data, run, accelerator, reporter)
+    if plan.recipe.training.eval_on_start and "test" in data.splits and not trainer.is_resumed:
+        trainer.evaluate("test")
+    trainer.fit()
+    metrics = {split: flat_metrics(trainer.final_metrics(split)) for split in ("validation", "test") if split in data.splits}
+    accelerator.end_training()
+    summary = _summary(run, trainer, metrics)
+    if accelerator.is_main_process:
+        facts = facts_of(plan, base.path, data.encoding, data.format)
+        rows = (data.splits.get("validation") or data.train)[:NUM_ROWS]
+        reference = reference_logits(model, runtime, rows, plan.mixed_precision)
+        save_adapter(run.adapter_dir, model, tokenizer, facts, untrained)
+        summary["certificate"] = certify(run.adapter_dir, reference, facts, runtime, rows)
+        write_model_card(run.adapter_dir, facts, metrics, summary["certificate"])
+        run.write_status("done", step=trainer.progress.step, summary=summary)
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def _summary(run: Run, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
+    progress = trainer.progress
+    return {
+        "run_dir": str(run.dir),
+        "global_step": progress.step,
+        "train_loss": trainer.last_loss,
+        "metrics": metrics.get("test") or metrics.get("validation") or {},
+        "metrics_by_split": metrics,
+        "trainable_params": sum(parameter.numel() for parameter in trainer.trained),
+        "train_seconds": round(progress.seconds, 3),
+        "target_tokens_per_second": round(progress.target_tokens / max(progress.seconds, 1e-9), 2),
+        "peak_memory_bytes": peak_memory_bytes(trainer.plan.hardware.device),
+    }
+
+
+def open_run(loaded: LoadedRecipe, plan: Plan, output: Path | None, resume: bool) -> Run:
+    """The run directory to write to: a new one, or the one to continue; rank 0 makes it."""
+    if resume:
+        return Run.resume(plan, output)
+    if process_index() == 0:
+        return Run.create(loaded, plan, output)
+    assert output is not None, "launch names the directory for all processes"
+    return Run(output)
+
+
+def fingerprints(data: Data) -> dict[str, str]:
+    """sha256 of the encoded rows by split: two runs with equal ones trained on the same."""
+    result = {}
+    for name, examples in data.splits.items():
+        digest = hashlib.sha256()
+        for example in examples:
+            digest.update(repr((example.inputs, example.labels)).encode())
+        result[f"data.{name}"] = digest.hexdigest()
+    return result

@@ -1,0 +1,214 @@
+"""The only module that prints: results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def print_text(text: str) -> None:
+    """A line of the result."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def print_part(text: str) -> None:
+    """A piece of a streamed answer, without a new line."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on one line."""
+    print_text(json.dumps(data, ensure_ascii=False))
+
+
+def print_note(text: str) -> None:
+    """Something to know, on stderr."""
+    err.print(Text(text))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table of results."""
+    table = Table(title=title or None, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(show(cell)) for cell in row))
+    out.print(table)
+
+
+def print_wide_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of sentences: every column to the left."""
+    table = Table(title=title or None, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table)
+
+
+def print_error(title: str, text: str) -> None:
+    """An error: a panel on a terminal, plain lines elsewhere."""
+    if err.is_terminal:
+        err.print(Panel(Text(text), title=title, title_align="left", border_style="red"))
+    else:
+        sys.stderr.write(f"{title}:\n{text}\n")
+
+
+def show(value: Any) -> str:
+    """A value in a table: numbers with separators or four digits."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def show_bytes(size: float) -> str:
+    """A size in the unit that fits."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+class LineReporter:
+    """Progress of a run as plain lines on stderr, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self.started, self.first_tokens = time.monotonic(), -1
+
+    def start(self, total_steps: int, first_step: int) -> None:
+        """Training begins."""
+        self.started = time.monotonic()
+        print_note(f"training: {total_steps - first_step} steps")
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None:
+        """A step was logged."""
+        print_note(step_text(line, total_steps))
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """A split was evaluated."""
+        print_note(f"{line['split']} after step {line['step']}: {metrics_text(line['metrics'])}")
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        print_note(text)
+
+    def stop(self) -> None:
+        """Training is over."""
+
+
+class BarReporter(LineReporter):
+    """Progress of a run as a bar that stays at the bottom of a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
+            console=err, transient=True,
+        )
+        self.task: TaskID | None = None
+
+    def start(self, total_steps: int, first_step: int) -> None:
+        """Training begins."""
+        self.task = self.bar.add_task("", total=total_steps, completed=first_step)
+        self.bar.start()
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None:
+        """A step was logged."""
+        if self.task is not None:
+            self.bar.update(self.task, description=step_text(line, total_steps).partition("  ")[2])
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+        if self.task is not None:
+            self.bar.update(self.task, completed=step)
+
+    def stop(self) -> None:
+        """Training is over."""
+        self.bar.stop()
+
+
+class SilentReporter(LineReporter):
+    """For all processes but the first."""
+
+    def start(self, total_steps: int, first_step: int) -> None:
+        """Nothing to say."""
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None:
+        """Nothing to say."""
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Nothing to say."""
+
+    def note(self, text: str) -> None:
+        """Nothing to say."""
+
+
+def reporter(process_index: int) -> LineReporter:
+    """The reporter that fits: a bar on a terminal, lines elsewhere, silence in all processes but the first."""
+    if process_index:
+        return SilentReporter()
+    return BarReporter() if err.is_terminal else LineReporter()
+
+
+def step_text(line: dict[str, Any], total_steps: int) -> str:
+    """A logged step in words."""
+    speed = line["target_tokens"] / line["seconds"] if line["seconds"] else 0.0
+    left = (total_steps - line["step"]) * line["seconds"] / line["step"]
+    return (
+        f"step {line['step']}/{total_steps}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
+        f"grad norm {line['grad_norm']:.3f}  {speed:,.0f} targets/s  {show_bytes(line.get('memory_bytes', 0))}  {left:.0f} s left"
+    )
+
+
+def metrics_text(metrics: dict[str, Any]) -> str:
+    """Single metrics in one line."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, int | float))
+
+
+@contextlib.contextmanager
+def progress(total: int, text: str) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, one line at the end elsewhere; yields a function that advances it."""
+    if not err.is_terminal:
+        yield lambda done: None
+        return
+    with Progress(TextColumn(text), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), console=err) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def is_interactive() -> bool:
+    """Whether a person types at a terminal."""
+    return sys.stdin.isatty()
+
+
+def ask(prompt: str) -> str:
+    """A line from the user.
+
+    Raises:
+        EOFError: the input has ended.
+    """
+    return input(prompt) if is_interactive() else input()

@@ -1,0 +1,97 @@
+"""The certificate: what was saved, loaded into a fresh base, gives the logits of what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from peftkit.engine.model import load_base_model, set_pad_token
+from peftkit.engine.store import TENSORS, AdapterFacts, load_into
+from peftkit.errors import CertificateError, LoadError
+from peftkit.tasks.base import Example, Runtime
+
+NUM_ROWS = 8
+# Largest difference of a logit over the largest logit. Reloading is exact in practice; these bounds allow for another order
+# of summation, and for one rounding step of the adapter's product in 16 bits.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+
+
+@torch.inference_mode()
+def reference_logits(model: nn.Module, runtime: Runtime, examples: Sequence[Example], precision: str = "no") -> list[torch.Tensor]:
+    """Logits of each example alone (no padding), on the CPU in float32."""
+    device = next(model.parameters()).device
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    model.eval()
+    logits = []
+    for example in examples:
+        batch = {name: tensor.to(device) for name, tensor in runtime.collate([example]).items()}
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits.append(runtime.forward(model, batch).float().cpu())
+    return logits
+
+
+def largest_difference(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
+    """Largest absolute difference of two lists of logits; infinity where a number is not finite or a shape differs."""
+    if any(a.shape != b.shape for a, b in zip(left, right, strict=True)):
+        return float("inf")
+    differences = [float((a - b).abs().max()) for a, b in zip(left, right, strict=True)]
+    return max(differences) if all(d == d for d in differences) else float("inf")
+
+
+def scale_of(logits: Sequence[torch.Tensor]) -> float:
+    """Largest absolute logit, at least 1."""
+    return max(1.0, *(float(part.abs().max()) for part in logits))
+
+
+def certify(folder: Path, reference: Sequence[torch.Tensor], facts: AdapterFacts, runtime: Runtime, examples: Sequence[Example]) -> dict[str, Any]:
+    """Reload an adapter folder into a fresh base and compare.
+
+    Args:
+        folder: the adapter folder.
+        reference: logits of the trained model in memory.
+        facts: says which base.
+        runtime: the task on tensors.
+        examples: the rows that the logits are of.
+
+    Returns:
+        `max_abs_diff`, `tolerance`, `num_rows`, `passed`.
+
+    Raises:
+        CertificateError: with the cause.
+    """
+    _check_tensors(folder)
+    try:
+        # Another seed for the new head: one that was not saved cannot come out right by chance.
+        base, _ = load_base_model(facts.base_model(folder), runtime.settings.labels, head_seed=facts.seed + 1)
+        set_pad_token(base, runtime.tokenizer)
+        model = base if facts.method == "full" else load_into(base, folder, facts.method)
+    except LoadError as error:
+        raise CertificateError(f"certificate failed: what was saved does not load: {error}") from error
+    model.to(Accelerator().device)
+    difference = largest_difference(reference, reference_logits(model, runtime, examples, facts.mixed_precision))
+    tolerance = TOLERANCE[facts.dtype] * scale_of(reference)
+    result = {"max_abs_diff": difference, "tolerance": tolerance, "num_rows": len(examples), "passed": difference <= tolerance}
+    if not result["passed"]:
+        cause = "a trained part was not saved" if facts.method != "full" else "the saved model is another one"
+        raise CertificateError(
+            f"certificate failed: reloaded logits differ by up to {difference:.3g} (allowed {tolerance:.3g}); {cause}, "
+            f"or the base `{facts.base}` has changed"
+        )
+    return result
+
+
+def _check_tensors(folder: Path) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            if tensor.numel() == 0:
+                raise CertificateError(f"certificate failed: {path.name} holds an empty tensor: {name}")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise CertificateError(f"certificate failed: {path.name} holds NaN or infinity in {name}")
+    if not list(folder.glob("*.safetensors")):
+        raise CertificateError(f"certificate failed: {folder} has no weights ({TENSORS})")

@@ -1,0 +1,128 @@
+"""Full checkpoints: what a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peftkit.engine.adapter import load_trainable_state, trainable_state
+from peftkit.errors import LoadError
+from peftkit.run import Run, new_folder, write_json
+
+TENSORS, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.pt", "rng.pt", "state.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is; written with every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        target_tokens: targets trained on so far.
+        seconds: time spent in training steps so far.
+        best_value: best metric so far; None before the first evaluation.
+        best_step: the step it was reached at.
+        evaluations_without_best: since then, for early stopping.
+        loss_sum: summed loss since the last logged line.
+        loss_targets: targets that sum is over.
+        stopped_early: whether early stopping ended the run.
+    """
+
+    step: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+    best_value: float | None = None
+    best_step: int = 0
+    evaluations_without_best: int = 0
+    loss_sum: float = 0.0
+    loss_targets: int = 0
+    stopped_early: bool = False
+
+
+def checkpoint_dir(run: Run, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return run.checkpoints_dir / f"step-{step:06d}"
+
+
+def list_checkpoints(run: Run) -> list[Path]:
+    """Checkpoints of a run, oldest first; a folder without state is none (writing is atomic)."""
+    found = [path for path in run.checkpoints_dir.glob("step-*") if (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save_checkpoint(run: Run, model: nn.Module, parts: dict[str, Any], progress: Progress, keep: int) -> None:
+    """Write a checkpoint from rank 0 and remove the oldest beyond `keep`; every rank must call it.
+
+    Args:
+        run: the run.
+        model: the unwrapped model.
+        parts: objects with `state_dict()`: optimizer, scheduler and, under fp16, scaler.
+        progress: how far the run is.
+        keep: checkpoints to keep.
+    """
+    states = gather_object([rng_state()])
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    with new_folder(checkpoint_dir(run, progress.step)) as folder:
+        save_file(trainable_state(model), folder / TENSORS)
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / OPTIMIZER)
+        torch.save(states, folder / RNG)
+        write_json(folder / STATE, dataclasses.asdict(progress))
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(path: Path, model: nn.Module, parts: dict[str, Any], process: int) -> Progress:
+    """Put a checkpoint back into the model, the optimizer and the random number generators.
+
+    Raises:
+        LoadError: a file of it is missing or damaged.
+    """
+    try:
+        load_trainable_state(model, load_file(path / TENSORS))
+        states = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+        generators = torch.load(path / RNG, weights_only=True)
+        if process < len(generators):
+            set_rng_state(generators[process])
+        return Progress(**json.loads((path / STATE).read_text()))
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        raise LoadError(f"the checkpoint {path} cannot be loaded: {error}") from error
+
+
+def save_best(run: Run, model: nn.Module) -> None:
+    """Keep the trained tensors of the best evaluation so far."""
+    with new_folder(run.checkpoints_dir / "best") as folder:
+        save_file(trainable_state(model), folder / TENSORS)
+
+
+def load_best(run: Run, model: nn.Module) -> None:
+    """Put the best tensors back into the model."""
+    load_trainable_state(model, load_file(run.checkpoints_dir / "best" / TENSORS))
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the generators that training draws from: dropout, NEFTune noise."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    version, internal, gauss = random.getstate()
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(internal), gauss]}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put `rng_state` back."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,249 @@
+"""From sources to encoded examples: formats, labels, splits, lengths, and what is wrong with which row."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftkit.engine.sources import Numbered, read_rows
+from peftkit.errors import DataError, Problem, RecipeError
+from peftkit.formats import FORMATS, detect_format
+from peftkit.formats.base import Format, RowError, columns_text
+from peftkit.plan import Plan
+from peftkit.recipe.schema import DataSection, SourceSection
+from peftkit.tasks.base import Encoding, Example, Runtime, Task, TooLong
+
+MAX_SHOWN = 5  # bad rows named in one message; the count is always given
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded rows by split, and how they were encoded.
+
+    Attributes:
+        splits: `train`, and `validation` and `test` where the recipe has them.
+        encoding: stored with the adapter, so that inference encodes alike.
+        format: the format of the training rows.
+        num_dropped: rows left out by `truncation: drop`, by split.
+        num_truncated: rows that were cut, by split.
+    """
+
+    splits: dict[str, list[Example]]
+    encoding: Encoding
+    format: str
+    num_dropped: dict[str, int]
+    num_truncated: dict[str, int]
+
+    @property
+    def train(self) -> list[Example]:
+        """Rows to learn from."""
+        return self.splits["train"]
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Input tokens of one pass over the training rows, without padding."""
+        return sum(len(example.inputs["input_ids"]) for example in self.train)
+
+    @property
+    def targets_per_epoch(self) -> int:
+        """Targets (supervised tokens, or rows) of one pass."""
+        return sum(example.num_targets for example in self.train)
+
+
+def load_data(plan: Plan, tokenizer: Any, max_positions: int | None = None) -> Data:
+    """Read, split and encode everything that the recipe's `data` names.
+
+    Args:
+        plan: the plan.
+        tokenizer: the model's tokenizer.
+        max_positions: longest input that the model can take, in tokens.
+
+    Raises:
+        RecipeError: `data.max_length` is more than that.
+        DataError: naming the rows that cannot be trained on and why.
+    """
+    data = plan.recipe.data
+    assert data is not None, "rules refuse a recipe without data where data is needed"
+    raw, item = _read(plan, data.train)
+    canonical = {"train": raw}
+    if isinstance(data.validation, SourceSection):
+        canonical["validation"] = _read(plan, data.validation)[0]
+    elif data.validation is not None:
+        canonical["train"], canonical["validation"] = _split(raw, data.validation, plan.recipe.training.seed)
+    if data.test is not None:
+        canonical["test"] = _read(plan, data.test)[0]
+    labels = tuple(data.labels or find_labels(canonical["train"])) if plan.task.has_labels else ()
+    if plan.task.has_labels and len(labels) < 2:
+        raise DataError(f"the training rows have {len(labels)} class(es) ({', '.join(labels)}); a classifier needs two")
+    encoding = Encoding(_max_length(data, max_positions), data.truncation, data.train_on, labels)
+    runtime = plan.task.runtime(tokenizer, encoding)
+    splits, dropped, truncated = {}, {}, {}
+    for name, rows in canonical.items():
+        splits[name] = encode_rows(runtime, rows, name)
+        dropped[name] = len(rows) - len(splits[name])
+        truncated[name] = sum(example.num_tokens > encoding.max_length for example in splits[name])
+    return Data(splits, encoding, item.name, dropped, truncated)
+
+
+def _max_length(data: DataSection, max_positions: int | None) -> int:
+    if max_positions is None or data.max_length <= max_positions:
+        return data.max_length
+    if "max_length" in data.model_fields_set:
+        what = f"is {data.max_length}, but the model takes at most {max_positions} tokens"
+        raise RecipeError([Problem("", "data.max_length", what)])
+    return max_positions
+
+
+def _read(plan: Plan, source: SourceSection) -> tuple[list[Numbered], Format]:
+    """Canonical rows of a source, and its format."""
+    assert plan.recipe.data is not None
+    raw = read_rows(source, plan.recipe_dir)
+    item = choose_format(source, raw, plan.task)
+    return to_canonical(raw, item, system_prompt=plan.recipe.data.system_prompt), item
+
+
+def choose_format(source: SourceSection, raw: Sequence[Numbered], task: Task) -> Format:
+    """The format that the recipe names, or the one that `auto` recognises by the first row's columns."""
+    if source.format != "auto":
+        return FORMATS[source.format]
+    row = raw[0][1]
+    item = detect_format(frozenset(row))
+    readable = [name for name, other in FORMATS.items() if task.can_read(other.yields)]
+    if item is None or not task.can_read(item.yields):
+        found = "no format has these columns" if item is None else f"they look like `{item.name}`"
+        formats = "; ".join(f"{name}: {FORMATS[name].summary}" for name in readable)
+        raise DataError(
+            f"`{source.path}` has {columns_text(row)}: {found}, and {task.name} cannot learn from that. "
+            f"Name the format or rename with `columns`. {task.name} reads {formats}"
+        )
+    return item
+
+
+def to_canonical(
+    raw: Sequence[Numbered], item: Format, *, target: bool = True, system_prompt: str | None = None
+) -> list[Numbered]:
+    """Rows in canonical columns.
+
+    Raises:
+        DataError: naming every row that the format cannot read (the first few in words).
+    """
+    rows, bad = [], []
+    for origin, row in raw:
+        try:
+            canonical = item.convert(row, target)
+        except RowError as error:
+            bad.append(f"{origin}: {error}")
+            continue
+        if system_prompt and "messages" in canonical and canonical["messages"][0]["role"] != "system":
+            canonical["messages"].insert(0, {"role": "system", "content": system_prompt})
+        rows.append((origin, canonical))
+    if bad:
+        raise DataError(_many(f"rows that are not in format `{item.name}` ({item.summary})", bad))
+    return rows
+
+
+def _split(rows: list[Numbered], fraction: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
+    """Part of the rows for validation, drawn by the seed, by label where there are labels."""
+    groups: dict[str, list[int]] = {}
+    for index, (_, row) in enumerate(rows):
+        groups.setdefault(str(row.get("label", "")), []).append(index)
+    chosen: set[int] = set()
+    for name in sorted(groups):
+        order = random.Random(f"{seed} {name}").sample(groups[name], len(groups[name]))
+        chosen.update(order[: round(fraction * len(order))])
+    if not chosen or len(chosen) == len(rows):
+        raise DataError(f"`data.validation: {fraction}` of {len(rows)} rows leaves one side empty; use another fraction")
+    parts: tuple[list[Numbered], list[Numbered]] = ([], [])
+    for index, row in enumerate(rows):
+        parts[index in chosen].append(row)
+    return parts
+
+
+def find_labels(rows: Sequence[Numbered]) -> list[str]:
+    """The classes that occur, numbers in numeric order, names in alphabetical order."""
+    found = {str(row["label"]) for _, row in rows}
+    return sorted(found, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
+
+
+def encode_rows(runtime: Runtime, rows: Sequence[Numbered], split: str, *, target: bool = True) -> list[Example]:
+    """Encode rows; those that `truncation: drop` drops are left out.
+
+    Raises:
+        DataError: naming every row that is too long or cannot be encoded.
+    """
+    examples, bad, too_long = [], [], []
+    for origin, row in rows:
+        try:
+            example = runtime.encode(row, origin, target=target)
+        except TooLong as error:
+            too_long.append((error.num_tokens, origin))
+        except RowError as error:
+            bad.append(f"{origin}: {error}")
+        else:
+            examples += [example] if example is not None else []
+    if bad:
+        raise DataError(_many(f"rows of {split} that cannot be used", bad))
+    if too_long:
+        longest = max(too_long)[0]
+        heading = (
+            f"rows of {split} longer than `data.max_length` ({runtime.settings.max_length} tokens; {longest} would fit them all; "
+            "`data.truncation` left, right or drop would cut or leave them out)"
+        )
+        raise DataError(_many(heading, [f"{origin}: {length} tokens" for length, origin in too_long]))
+    if not examples:
+        raise DataError(f"no row of {split} is left: `truncation: drop` dropped all {len(rows)}")
+    return examples
+
+
+def _many(heading: str, lines: Sequence[str]) -> str:
+    more = f"\n  ... and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
+    return f"{len(lines)} {heading}:\n  " + "\n  ".join(lines[:MAX_SHOWN]) + more
+
+
+def class_counts(data: Data) -> dict[str, int]:
+    """Rows per class in train, for tasks with labels."""
+    counts = Counter(example.labels for example in data.train if isinstance(example.labels, int))
+    return {name: counts.get(number, 0) for number, name in enumerate(data.encoding.labels)}
+
+
+def count_labels(plan: Plan) -> int:
+    """Number of classes of a classifier, from the recipe or its rows; 0 where neither says."""
+    data = plan.recipe.data
+    if not plan.task.has_labels or data is None:
+        return 0
+    return len(data.labels) if data.labels else len(find_labels(_read(plan, data.train)[0]))
+
+
+def step_rows(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Indices of the rows of one optimizer step (from 0): a pure function, so that resuming needs no replay.
+
+    Every epoch is a permutation of its own; its last step holds what is left.
+    """
+    per_epoch = -(-num_rows // batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = epoch_order(num_rows, seed, epoch)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+_ORDERS: dict[tuple[int, int, int], list[int]] = {}
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """The order of the rows in one epoch; the last one used is kept."""
+    key = (num_rows, seed, epoch)
+    if key not in _ORDERS:
+        _ORDERS.clear()
+        _ORDERS[key] = random.Random(f"{seed} {epoch}").sample(range(num_rows), num_rows)
+    return _ORDERS[key]
+
+
+def micro_batches(rows: Sequence[int], micro_batch_size: int, num_processes: int, process: int) -> list[list[int]]:
+    """This process's micro-batches of a step: the same number of them in every process, some of them perhaps empty."""
+    width = micro_batch_size * num_processes
+    chunks = [rows[start : start + width] for start in range(0, len(rows), width)]
+    # Dealt like cards, so that a short last chunk is spread over the processes.
+    return [list(chunk[process::num_processes]) for chunk in chunks]
+

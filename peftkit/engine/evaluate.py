@@ -1,0 +1,64 @@
+"""Evaluate a model on encoded rows; logits live for one batch only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from peftkit.run import Run, write_json, write_text
+from peftkit.tasks.base import Example, Runtime
+
+
+@torch.inference_mode()
+def score_examples(
+    model: nn.Module,
+    runtime: Runtime,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """One small result per example, in their order, gathered from all processes.
+
+    Batches hold rows of like length; every process takes its share.
+    """
+    world, rank = 1, 0
+    if torch.distributed.is_initialized():
+        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    mine = sorted(range(rank, len(examples), world), key=lambda index: len(examples[index].inputs["input_ids"]))
+    was_training = model.training
+    model.eval()
+    results = []
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
+        chosen = [examples[index] for index in indices]
+        batch = {name: tensor.to(device) for name, tensor in runtime.collate(chosen).items()}
+        scores = runtime.score(runtime.forward(model, batch), batch, chosen)
+        results += [{"index": index, "row": example.origin, **score} for index, example, score in zip(indices, chosen, scores, strict=True)]
+        on_batch(len(indices))
+    model.train(was_training)
+    return sorted(gather_object(results) if world > 1 else results, key=lambda result: result["index"])
+
+
+def write_evaluation(run: Run, split: str, metrics: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """Write metrics and predictions of a split into the run directory."""
+    metrics_path, predictions_path = run.evaluation_paths(split)
+    write_text(predictions_path, evaluation_lines(results))
+    write_json(metrics_path, {"split": split, "num_rows": len(results), "metrics": metrics})
+
+
+def evaluation_lines(results: Sequence[dict[str, Any]]) -> str:
+    """Results as JSON lines."""
+    rows = [{key: value for key, value in result.items() if key != "index"} for result in results]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """The single numbers among the metrics, without tables."""
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

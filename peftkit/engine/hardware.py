@@ -1,0 +1,38 @@
+"""What this machine is, as plain facts; the only place beside `launch` that reads environment variables."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import torch
+
+from peftkit.plan import Hardware
+
+
+def detect_hardware() -> Hardware:
+    """Facts about the device that this process trains on; PEFTKIT_DEVICE=cpu hides a GPU."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    forced_cpu = os.environ.get("PEFTKIT_DEVICE") == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if torch.cuda.is_available() and not forced_cpu:
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        facts = torch.cuda.get_device_properties(index)
+        return Hardware("cuda", facts.name, torch.cuda.is_bf16_supported(), facts.total_memory, num_processes)
+    memory = psutil.virtual_memory().total
+    if torch.backends.mps.is_available() and not forced_cpu:
+        return Hardware("mps", "Apple GPU", True, memory, num_processes)
+    return Hardware("cpu", "the CPU", True, memory, num_processes)
+
+
+def process_index() -> int:
+    """Rank of this process among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory that this process has held so far: on the GPU, or resident on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

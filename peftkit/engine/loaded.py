@@ -1,0 +1,90 @@
+"""A trained adapter, ready to answer: from a run directory or from any PEFT adapter folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peftkit.engine.model import load_base_model, read_tokenizer, set_pad_token
+from peftkit.engine.store import AdapterFacts, load_into, read_facts
+from peftkit.errors import LoadError
+from peftkit.tasks import TASKS
+from peftkit.tasks.base import Encoding, Runtime, Task
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A model with its adapter on this machine's device.
+
+    Attributes:
+        folder: the adapter folder.
+        facts: how it was trained.
+        model: in evaluation mode.
+        runtime: the task on tensors, with the tokenizer.
+        device: where the model is.
+    """
+
+    folder: Path
+    facts: AdapterFacts
+    model: nn.Module
+    runtime: Runtime
+    device: torch.device
+
+    @property
+    def task(self) -> Task:
+        """The task's facts."""
+        return TASKS[self.facts.task]
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients, and the autocast of training."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.facts.mixed_precision)
+        with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter folder of a run directory, or the path itself.
+
+    Raises:
+        LoadError: there is neither.
+    """
+    if not path.is_dir():
+        raise LoadError(f"there is no run directory or adapter folder `{path}`")
+    if (path / "adapter").is_dir():
+        return path / "adapter"
+    if (path / "resolved.yaml").is_file():
+        raise LoadError(f"the run {path} has no adapter yet: its training did not end; `peftkit train --resume --output {path}`")
+    return path
+
+
+def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
+    """Load an adapter and its base.
+
+    Args:
+        path: run directory or adapter folder.
+        base: base model, where the one that the adapter names cannot be found.
+
+    Raises:
+        LoadError: something is missing or does not fit.
+    """
+    folder = adapter_folder(path)
+    facts = read_facts(folder, base)
+    if facts.task not in TASKS:
+        raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
+    encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
+    source = facts.base_model(folder)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = read_tokenizer(str(folder) if has_tokenizer else source.path, None if has_tokenizer else source.revision)
+    model, _ = load_base_model(source, encoding.labels)
+    set_pad_token(model, tokenizer)
+    adapted: Any = model if facts.method == "full" else load_into(model, folder, facts.method)
+    device = Accelerator().device
+    return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)

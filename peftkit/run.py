@@ -1,0 +1,282 @@
+"""The run directory: every file name of a run is spelled here, and every file is written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftkit.errors import LoadError, RecipeError, ResourceError
+from peftkit.plan import Plan
+from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.paths import absolute_path
+
+PACKAGES = ("peftkit", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
+_SECRET_WORDS = ("token", "key", "secret", "password")
+
+
+def _files_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write one JSON document atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(_files_mode())  # safetensors writes 0600
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        old = path.with_name(f".{path.name}.old")
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    dir: Path
+
+    @classmethod
+    def create(cls, loaded: LoadedRecipe, plan: Plan, output: Path | None) -> Run:
+        """Make the directory of a new run and write its recipe.
+
+        Raises:
+            RecipeError: `output` holds a run or other files already.
+            ResourceError: the directory cannot be written.
+        """
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        base = Path(plan.recipe.output.dir) / f"{plan.recipe.name}-{stamp}"
+        run = cls(output or _first_free(base))
+        if run.dir.exists() and (not run.dir.is_dir() or any(run.dir.iterdir())):
+            raise RecipeError(f"--output {run.dir}: is not empty; name a new folder, or add `--resume` to continue that run")
+        try:
+            run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run.recipe_path, loaded.text)
+            write_text(run.resolved_path, resolved_yaml(plan))
+        except OSError as error:
+            raise ResourceError(f"the run directory {run.dir} cannot be written: {error.strerror}") from error
+        return run
+
+    @classmethod
+    def open(cls, directory: Path) -> Run:
+        """An existing run directory.
+
+        Raises:
+            LoadError: it is none.
+        """
+        run = cls(directory)
+        if not run.resolved_path.is_file():
+            raise LoadError(f"{directory} is no run directory: it has no {run.resolved_path.name}")
+        return run
+
+    @classmethod
+    def resume(cls, plan: Plan, output: Path | None) -> Run:
+        """The run to continue: the one named, or the newest of this recipe that has not ended.
+
+        Raises:
+            RecipeError: there is none, it has ended, or its recipe is another one.
+        """
+        run = cls(output) if output is not None else _newest_unfinished(plan)
+        if run is None or not run.resolved_path.is_file():
+            where = output or f"{plan.recipe.output.dir}/{plan.recipe.name}-*"
+            raise RecipeError(f"--resume: {where} is no run to continue; leave --resume out to start one")
+        if run.read_status().get("state") == "done":
+            raise RecipeError(f"--resume: the run {run.dir} has ended; nothing is left to do")
+        old, new = run.resolved_path.read_text(encoding="utf-8"), resolved_yaml(plan)
+        if old != new:
+            changed = difflib.unified_diff(old.splitlines(), new.splitlines(), "the run", "this recipe", lineterm="", n=0)
+            raise RecipeError(f"--resume: the recipe of {run.dir} was another one:\n" + "\n".join(changed))
+        return run
+
+    @property
+    def recipe_path(self) -> Path:
+        """The recipe as written."""
+        return self.dir / "recipe.yaml"
+
+    @property
+    def resolved_path(self) -> Path:
+        """Every value of the recipe; itself a valid recipe."""
+        return self.dir / "resolved.yaml"
+
+    @property
+    def environment_path(self) -> Path:
+        """Versions, hardware and fingerprints."""
+        return self.dir / "environment.json"
+
+    @property
+    def status_path(self) -> Path:
+        """State, step, times, error."""
+        return self.dir / "status.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per logged step or evaluation."""
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        """What was printed, and tracebacks of bugs."""
+        return self.dir / "train.log"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Folder of `step-000500` checkpoints."""
+        return self.dir / "checkpoints"
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The final or best adapter; loads with peft alone."""
+        return self.dir / "adapter"
+
+    def evaluation_paths(self, split: str) -> tuple[Path, Path]:
+        """Metrics and predictions of a split."""
+        folder = self.dir / "evaluations"
+        return folder / f"{split}.json", folder / f"{split}.predictions.jsonl"
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Replace status.json; times are seconds since the epoch."""
+        write_json(self.status_path, {"state": state, "time": round(time.time(), 3), "pid": os.getpid()} | facts)
+
+    def read_status(self) -> dict[str, Any]:
+        """What status.json says; empty where there is none."""
+        if not self.status_path.is_file():
+            return {}
+        status: dict[str, Any] = json.loads(self.status_path.read_text(encoding="utf-8"))
+        return status
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl; NaN is written as NaN, never hidden."""
+        with self.metrics_path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def log(self, text: str) -> None:
+        """Add a line to train.log."""
+        with self.log_path.open("a", encoding="utf-8") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, which a resumed run writes again."""
+        if self.metrics_path.is_file():
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            write_text(self.metrics_path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill
+
+
+def _first_free(base: Path) -> Path:
+    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 100))]
+    return next(path for path in candidates if not path.exists())
+
+
+def _newest_unfinished(plan: Plan) -> Run | None:
+    runs = [Run(path) for path in Path(plan.recipe.output.dir).glob(f"{plan.recipe.name}-*") if path.is_dir()]
+    open_runs = [run for run in runs if run.read_status().get("state") not in ("done", None)]
+    return max(open_runs, key=lambda run: run.status_path.stat().st_mtime, default=None)
+
+
+def resolved_yaml(plan: Plan) -> str:
+    """The recipe with every value that has an effect, paths absolute, `auto` decided: a valid recipe again."""
+    data = plan.recipe.model_dump(mode="json", exclude_none=True)
+    data["model"]["dtype"] = plan.dtype
+    data["training"] |= {
+        "mixed_precision": plan.mixed_precision,
+        "micro_batch_size": plan.micro_batch_size,
+        "learning_rate": plan.learning_rate,
+    }
+    if "max_steps" in data["training"]:
+        del data["training"]["num_train_epochs"]
+    if not plan.task.generates:
+        del data["generation"]
+    if "data" in data:
+        if not plan.task.train_on:
+            del data["data"]["train_on"]
+        if "max_length" not in plan.recipe.data.model_fields_set:  # type: ignore[union-attr]
+            del data["data"]["max_length"]  # the default bows to what the model can take
+        if not data["data"].keys() & {"validation", "test"}:
+            del data["evaluation"]
+    _make_absolute(data, plan.recipe_dir)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _make_absolute(data: dict[str, Any], recipe_dir: Path) -> None:
+    sources = [part for part in data.get("data", {}).values() if isinstance(part, dict) and "path" in part]
+    names = [(data["model"], key) for key in ("name_or_path", "tokenizer_name_or_path", "chat_template")]
+    for section, key in [*names, *((source, "path") for source in sources)]:
+        if key in section and (path := absolute_path(section[key], recipe_dir)) is not None:
+            section[key] = str(path)
+
+
+def environment(plan: Plan, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """Versions, machine, command line (secrets removed) and fingerprints of data and model."""
+    return {
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": plan.hardware.device_name,
+        "num_processes": plan.hardware.num_processes,
+        "argv": [_without_secret(argument) for argument in sys.argv],
+        "fingerprints": fingerprints,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _without_secret(argument: str) -> str:
+    name, equals, _ = argument.partition("=")
+    return f"{name}=***" if equals and any(word in name.lower() for word in _SECRET_WORDS) else argument

@@ -1,0 +1,131 @@
+"""CAUSAL_LM on tensors: which tokens are learned, found by rendering the chat template and never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from peftkit.formats.base import RowError
+from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, TooLong
+from peftkit.tasks.language_torch import pad, pad_inputs, score_tokens, strip_end, summarise_tokens, token_loss_sum
+
+# For tokenizers without a template; stored with the adapter, so that inference renders the same.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+class Runtime:
+    """See `peftkit.tasks.base.Runtime`."""
+
+    def __init__(self, tokenizer: Any, settings: Encoding) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+
+    def encode(self, row: Mapping[str, Any], origin: str, *, target: bool = True) -> Example | None:
+        """Tokens and labels; labels are aligned with the tokens (not shifted)."""
+        if "messages" in row:
+            ids, labels = self._chat(row["messages"], target)
+        elif "prompt" in row:
+            ids, labels = self._prompt_completion(row, target)
+        else:
+            ids = self.tokenizer(row["text"])["input_ids"]
+            ids = strip_end(ids, self.tokenizer) if not target else [*strip_end(ids, self.tokenizer), self.tokenizer.eos_token_id]
+            labels = list(ids)
+        if self.settings.train_on == "all":
+            labels = list(ids)
+        num_tokens, limit = len(ids), self.settings.max_length
+        if num_tokens > limit:
+            if self.settings.truncation == "error":
+                raise TooLong(num_tokens)
+            if self.settings.truncation == "drop":
+                return None
+            cut = slice(-limit, None) if self.settings.truncation == "left" else slice(limit)
+            ids, labels = ids[cut], labels[cut]
+        # The first token is never predicted: its label is not a target.
+        num_targets = sum(label != IGNORE_INDEX for label in labels[1:])
+        if target and num_targets == 0:
+            raise RowError(f"no token is left to learn ({num_tokens} tokens, max_length {limit})")
+        return Example({"input_ids": ids}, labels, num_targets, origin, num_tokens)
+
+    def _prompt_completion(self, row: Mapping[str, Any], target: bool) -> tuple[list[int], list[int]]:
+        prompt = strip_end(self.tokenizer(row["prompt"])["input_ids"], self.tokenizer)
+        if not target:
+            return prompt, [IGNORE_INDEX] * len(prompt)
+        answer = self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]], target: bool) -> tuple[list[int], list[int]]:
+        if not target:
+            ids = self._render(messages, add_generation_prompt=True)
+            return ids, [IGNORE_INDEX] * len(ids)
+        ids = self._render(messages)
+        labels = [IGNORE_INDEX] * len(ids)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end = self._turn(messages, number, ids)
+                labels[start:end] = ids[start:end]
+        return ids, labels
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template raises whatever it likes, most often jinja2.TemplateError
+            raise RowError(f"the chat template refuses these messages: {error}") from error
+        # The template writes the special tokens itself: adding them again would double the BOS.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _turn(self, messages: Sequence[Mapping[str, Any]], number: int, ids: list[int]) -> tuple[int, int]:
+        """Start and end of an assistant turn, proven: both renderings must be prefixes of the whole, token by token."""
+        before = self._render(messages[:number], add_generation_prompt=True)
+        through = self._render(messages[: number + 1])
+        if ids[: len(before)] != before or ids[: len(through)] != through:
+            raise RowError(
+                f"the tokens of assistant turn {number + 1} cannot be told from the rest: the chat template renders the "
+                "beginning of the conversation differently from the whole; set `train_on: all` or another `model.chat_template`"
+            )
+        return len(before), self._end_of_turn(through, len(before))
+
+    def _end_of_turn(self, through: list[int], start: int) -> int:
+        """The end of the turn, without the white space that a template writes after its end token."""
+        special = set(self.tokenizer.all_special_ids)
+        last = next((place for place in range(len(through) - 1, start - 1, -1) if through[place] in special), None)
+        if last is None or self.tokenizer.decode(through[last + 1 :]).strip():
+            return len(through)
+        return last + 1
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Right-padded input_ids, attention_mask and labels, each (B, T)."""
+        labels = pad([example.labels for example in examples if isinstance(example.labels, list)], IGNORE_INDEX)
+        return pad_inputs(self.tokenizer, examples) | {"labels": labels}
+
+    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Logits (B, T, V)."""
+        logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return logits
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Sum over the targets; position t predicts token t + 1. Logits (B, T, V), labels (B, T)."""
+        return token_loss_sum(logits[:, :-1], labels[:, 1:], label_smoothing)
+
+    def score(self, logits: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """Token results per row."""
+        return score_tokens(logits[:, :-1], batch["labels"][:, 1:], self.tokenizer)
+
+    def generation_batch(self, examples: Sequence[Example]) -> Batch:
+        """Left-padded prompts: the answer starts right after them."""
+        return pad_inputs(self.tokenizer, examples, side="left")
+
+    def new_tokens(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What comes after the prompts."""
+        return output[:, batch["input_ids"].shape[1] :]
+
+    def summarise(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Loss, perplexity, token accuracy."""
+        return summarise_tokens(results)

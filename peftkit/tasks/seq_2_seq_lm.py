@@ -1,0 +1,17 @@
+"""SEQ_2_SEQ_LM: an encoder reads the prompt, a decoder writes the completion."""
+
+from peftkit.tasks.base import Task
+from peftkit.tasks.causal_lm import LANGUAGE_METRICS
+
+SEQ_2_SEQ_LM = Task(
+    name="SEQ_2_SEQ_LM",
+    summary="encoder-decoder model that turns one text into another; translation, summaries, text labels",
+    auto_class="AutoModelForSeq2SeqLM",
+    reads=(("prompt", "completion"), ("messages",)),
+    metrics=LANGUAGE_METRICS,
+    default_metric="loss",
+    generates=True,
+    has_labels=False,
+    train_on=(),
+    runtime_module="peftkit.tasks.seq_2_seq_lm_torch",
+)
