@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -11,13 +12,22 @@ import typer
 
 from peftkit import __version__
 
+# Looking for pydantic plugins means reading the metadata of every installed package; a recipe needs none.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
 app = typer.Typer(
-    name="peftkit", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="peftkit",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="One YAML recipe becomes a trained, certified adapter.",
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the recipe; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the recipe; repeatable.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else there.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model, where the one that the adapter names cannot be found.")]
 Adapter = Annotated[Path, typer.Option("--adapter", help="Run directory, or any PEFT adapter folder.")]
@@ -30,7 +40,9 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """One YAML recipe becomes a trained, certified adapter."""
 
 
@@ -43,27 +55,31 @@ def init(
     force: Annotated[bool, typer.Option(help="Replace a file that exists.")] = False,
 ) -> None:
     """Write a commented starter recipe."""
-    from peftkit.commands import reference
+    from peftkit.commands import init as command
 
-    reference.init(path, task, method, model, force)
+    command.init(path, task, method, model, force)
 
 
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe in half a second: keys, values, rules, files."""
-    from peftkit.commands import reference
+    from peftkit.commands import validate as command
 
-    reference.validate(recipe, overrides or [], as_json)
+    command.validate(recipe, overrides or [], as_json)
 
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run will do: targets, parameters, steps, tokens, memory. Loads no weights."""
     from peftkit import console
-    from peftkit.commands import plan as command
     from peftkit.recipe import load_recipe
 
-    result = command.plan(load_recipe(recipe, overrides or []))
+    with console.problems_as_json(as_json):
+        loaded = load_recipe(recipe, overrides or [])
+        from peftkit.commands import plan as command
+
+        with loaded.located():
+            result = command.plan(loaded)
     console.print_json(result) if as_json else command.print_plan(result)
 
 
@@ -82,14 +98,17 @@ def params(
     from peftkit.commands import params as command
 
     for recipe in loaded:
-        command.params(recipe, compare.lower().split(",") if compare else [], by_module, as_json)
+        with recipe.located():
+            command.params(recipe, compare.lower().split(",") if compare else [], by_module, as_json)
 
 
 @app.command()
-def train(
+def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     recipe: RecipePath,
     output: Annotated[Path | None, typer.Option(help="Run directory; default: a new one in output.dir.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, or the newest unfinished one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output, or the newest unfinished one.")
+    ] = False,
     processes: Annotated[int | None, typer.Option(help="Train with so many processes on this machine.")] = None,
     launch: Annotated[Path | None, typer.Option(help="Train as this accelerate launch file says.")] = None,
     overrides: Overrides = None,
@@ -100,11 +119,12 @@ def train(
     from peftkit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if (processes or launch) and not launcher.is_worker():
+    if (processes is not None or launch is not None) and not launcher.is_worker():
         launcher.launch(processes, launch, launcher.worker_arguments(loaded, output, resume, as_json))
     from peftkit.commands import train as command
 
-    command.train_and_report(loaded, output, resume, as_json)
+    with loaded.located():
+        command.train_and_report(loaded, output, resume, as_json)
 
 
 @app.command()
@@ -125,14 +145,18 @@ def evaluate(
 
 
 @app.command()
-def infer(
+def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
     adapter: Adapter,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
-    source: Annotated[Path | None, typer.Option("--input", help="Rows to answer (jsonl, json, csv, tsv, parquet, txt).")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="Rows to answer (jsonl, json, csv, tsv, parquet, txt).")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the answers go, as JSON lines.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; 0: the likeliest token.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample at this temperature; 0: the likeliest token.")
+    ] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +164,8 @@ def infer(
     from peftkit.commands import infer as command
 
     settings = command.settings_from(max_new_tokens, temperature)
-    command.infer(adapter, base, prompt, (source, output), settings=settings, batch_size=batch_size, as_json=as_json)
+    question = command.Question(prompt, source, output)
+    command.infer(adapter, base, question, settings=settings, batch_size=batch_size, as_json=as_json)
 
 
 @app.command()

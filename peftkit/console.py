@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.markup import escape
-from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
+
+from peftkit.errors import PeftkitError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -43,31 +43,46 @@ def print_note(text: str) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table of results."""
-    table = Table(title=title or None, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(show(cell)) for cell in row))
-    out.print(table)
+    """A table of results: numbers to the right."""
+    _print_table(title, columns, rows, "right")
 
 
 def print_wide_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table of sentences: every column to the left."""
+    _print_table(title, columns, rows, "left")
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"]) -> None:
+    from rich.table import Table  # costs 5 ms that `validate` need not pay
+
     table = Table(title=title or None, title_justify="left")
-    for name in columns:
-        table.add_column(name, overflow="fold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify=justify if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(Text(show(cell)) for cell in row))
     out.print(table)
 
 
 def print_error(title: str, text: str) -> None:
     """An error: a panel on a terminal, plain lines elsewhere."""
     if err.is_terminal:
+        from rich.panel import Panel
+
         err.print(Panel(Text(text), title=title, title_align="left", border_style="red"))
     else:
         sys.stderr.write(f"{title}:\n{text}\n")
+
+
+@contextlib.contextmanager
+def problems_as_json(wanted: bool) -> Iterator[None]:
+    """Where JSON is wanted, an error's problems go to stdout too, as `{"problems": [...]}`."""
+    try:
+        yield
+    except PeftkitError as error:
+        if wanted:
+            found = error.problems if isinstance(error, RecipeError) else [Problem("", "", str(error), error.exit_code)]
+            print_json({"problems": [{"where": item.where, "key": item.key, "what": item.what} for item in found]})
+        raise
 
 
 def show(value: Any) -> str:
@@ -91,44 +106,47 @@ def show_bytes(size: float) -> str:
 
 
 class LineReporter:
-    """Progress of a run as plain lines on stderr, for logs and pipes."""
+    """Progress of a run as plain lines on stderr and in its log file.
 
-    def __init__(self) -> None:
-        self.started, self.first_tokens = time.monotonic(), -1
+    Args:
+        log: takes every line too; the run's `train.log`.
+        speaks: False in all processes but the first.
+    """
+
+    def __init__(self, log: Callable[[str], None], speaks: bool = True) -> None:
+        self.log, self.speaks = log, speaks
 
     def start(self, total_steps: int, first_step: int) -> None:
         """Training begins."""
-        self.started = time.monotonic()
-        print_note(f"training: {total_steps - first_step} steps")
+        self.note(f"training: {total_steps - first_step} steps")
 
     def step(self, line: dict[str, Any], total_steps: int) -> None:
         """A step was logged."""
-        print_note(step_text(line, total_steps))
+        self.note(step_text(line, total_steps))
 
     def advance(self, step: int) -> None:
         """A step is done."""
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """A split was evaluated."""
-        print_note(f"{line['split']} after step {line['step']}: {metrics_text(line['metrics'])}")
+        self.note(f"{line['split']} after step {line['step']}: {metrics_text(line['metrics'])}")
 
     def note(self, text: str) -> None:
         """Something to know."""
-        print_note(text)
+        if self.speaks:
+            self.log(text)
+            print_note(text)
 
     def stop(self) -> None:
         """Training is over."""
 
 
 class BarReporter(LineReporter):
-    """Progress of a run as a bar that stays at the bottom of a terminal."""
+    """Progress of a run as a bar that stays at the bottom of a terminal; lines go to the log file alone."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
-            console=err, transient=True,
-        )
+    def __init__(self, log: Callable[[str], None]) -> None:
+        super().__init__(log)
+        self.bar = _bar("step {task.completed}/{task.total}", "{task.description}", transient=True)
         self.task: TaskID | None = None
 
     def start(self, total_steps: int, first_step: int) -> None:
@@ -138,8 +156,10 @@ class BarReporter(LineReporter):
 
     def step(self, line: dict[str, Any], total_steps: int) -> None:
         """A step was logged."""
+        text = step_text(line, total_steps)
+        self.log(text)
         if self.task is not None:
-            self.bar.update(self.task, description=step_text(line, total_steps).partition("  ")[2])
+            self.bar.update(self.task, description=text.partition("  ")[2].rpartition("  ")[0])
 
     def advance(self, step: int) -> None:
         """A step is done."""
@@ -151,36 +171,21 @@ class BarReporter(LineReporter):
         self.bar.stop()
 
 
-class SilentReporter(LineReporter):
-    """For all processes but the first."""
-
-    def start(self, total_steps: int, first_step: int) -> None:
-        """Nothing to say."""
-
-    def step(self, line: dict[str, Any], total_steps: int) -> None:
-        """Nothing to say."""
-
-    def evaluation(self, line: dict[str, Any]) -> None:
-        """Nothing to say."""
-
-    def note(self, text: str) -> None:
-        """Nothing to say."""
-
-
-def reporter(process_index: int) -> LineReporter:
+def reporter(process_index: int, log: Callable[[str], None]) -> LineReporter:
     """The reporter that fits: a bar on a terminal, lines elsewhere, silence in all processes but the first."""
-    if process_index:
-        return SilentReporter()
-    return BarReporter() if err.is_terminal else LineReporter()
+    if process_index == 0 and err.is_terminal:
+        return BarReporter(log)
+    return LineReporter(log, speaks=process_index == 0)
 
 
 def step_text(line: dict[str, Any], total_steps: int) -> str:
     """A logged step in words."""
     speed = line["target_tokens"] / line["seconds"] if line["seconds"] else 0.0
     left = (total_steps - line["step"]) * line["seconds"] / line["step"]
+    memory = show_bytes(line.get("memory_bytes", 0))
     return (
         f"step {line['step']}/{total_steps}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
-        f"grad norm {line['grad_norm']:.3f}  {speed:,.0f} targets/s  {show_bytes(line.get('memory_bytes', 0))}  {left:.0f} s left"
+        f"grad norm {line['grad_norm']:.3f}  {speed:,.0f} targets/s  {memory}  {left:.0f} s left"
     )
 
 
@@ -195,9 +200,15 @@ def progress(total: int, text: str) -> Iterator[Callable[[int], None]]:
     if not err.is_terminal:
         yield lambda done: None
         return
-    with Progress(TextColumn(text), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), console=err) as bar:
+    with _bar(text, "{task.completed}/{task.total}") as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.advance(task, done)
+
+
+def _bar(before: str, after: str, *, transient: bool = False) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(TextColumn(before), BarColumn(), TextColumn(after), TimeRemainingColumn(), console=err, transient=transient)
 
 
 def is_interactive() -> bool:

@@ -1,13 +1,13 @@
 """Everything that a user sees when something is wrong, with the exit code of each.
 
-    PeftkitError               1   a bug of ours
-    ├── RecipeError            2   the recipe or the command line (all problems at once)
-    ├── DataError              3   rows that cannot be trained on
-    ├── ResourceError          4   out of memory or disk
-    ├── NonFiniteError         5   NaN or infinity in loss, gradient or weights
-    ├── CertificateError       6   what was saved is not what was trained
-    ├── LoadError              7   a model or adapter that cannot be loaded
-    └── Stopped           75 / 130   stopped by SIGTERM / SIGINT, after a full checkpoint
+PeftkitError               1   a bug of ours
+├── RecipeError            2   the recipe or the command line (all problems at once)
+├── DataError              3   rows that cannot be trained on
+├── ResourceError          4   out of memory or disk
+├── NonFiniteError         5   NaN or infinity in loss, gradient or weights
+├── CertificateError       6   what was saved is not what was trained
+├── LoadError              7   a model or adapter that cannot be loaded
+└── Stopped           75 / 130   stopped by SIGTERM / SIGINT, after a full checkpoint
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class LoadError(PeftkitError):
     exit_code = 7
 
 
-class Stopped(PeftkitError):
+class Stopped(PeftkitError):  # noqa: N818 - to be stopped is no error
     """The run was stopped by a signal after a full checkpoint."""
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.recipe import LoadedRecipe
@@ -35,19 +38,12 @@ def launch_command(processes: int | None, config: Path | None, arguments: Sequen
     """The command line that starts the workers.
 
     Args:
-        processes: number of processes on this machine; None leaves it to the config.
-        config: accelerate's launch file; None: one machine, as many processes as said, GPUs where there are any.
+        processes: number of processes; None leaves it to the config.
+        config: accelerate's launch file; None: one machine, GPUs where there are any.
         arguments: arguments of `peftkit` in each worker.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if config is not None:
-        command += ["--config_file", str(config)]
-    else:
-        # `--multi_gpu --cpu` is gloo on the CPU; `--cpu` alone starts one process in silence (accelerate 1.15).
-        command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0"]
-        if not _has_gpu():
-            command += ["--cpu"]
+    config = config or _config_file()
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     if processes is not None:
         command += ["--num_processes", str(processes)]
     return [*command, "-m", "peftkit", *arguments]
@@ -66,6 +62,25 @@ def launch(processes: int | None, config: Path | None, arguments: Sequence[str])
     os.environ[WORKER_MARK] = "1"
     command = launch_command(processes, config, arguments)
     os.execv(command[0], command)
+
+
+def _config_file() -> Path:
+    """A launch file for this machine: MULTI_GPU with use_cpu is gloo on the CPU (MULTI_CPU and `--cpu` start a single process
+    in silence, accelerate 1.15); port 0 lets jobs on one machine not collide."""
+    facts = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU",
+        "use_cpu": not _has_gpu(),
+        "num_machines": 1,
+        "machine_rank": 0,
+        "num_processes": 1,
+        "main_process_port": 0,
+        "mixed_precision": "no",
+        "dynamo_backend": "NO",
+    }
+    with tempfile.NamedTemporaryFile("w", prefix="peftkit-launch-", suffix=".yaml", delete=False) as handle:
+        yaml.safe_dump(facts, handle)
+    return Path(handle.name)
 
 
 def _has_gpu() -> bool:

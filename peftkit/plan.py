@@ -136,14 +136,17 @@ def _choose_dtype(recipe: Recipe, hardware: Hardware) -> tuple[Any, list[Choice]
 def _machine_problems(recipe: Recipe, hardware: Hardware) -> list[tuple[str, str]]:
     problems, device = [], hardware.device
     training = recipe.training
+    key = "model.dtype" if training.mixed_precision == "auto" else "training.mixed_precision"
     fp16 = training.mixed_precision == "fp16" or (training.mixed_precision == "auto" and recipe.model.dtype == "float16")
     if fp16 and device == "cpu":
-        key = "training.mixed_precision" if training.mixed_precision == "fp16" else "model.dtype"
         problems.append((key, "float16 training needs a GPU, this machine has none; use bfloat16 or float32"))
-    if training.mixed_precision == "bf16" and device == "cuda" and not hardware.supports_bf16:
-        problems.append(("training.mixed_precision", f"{hardware.device_name} has no bfloat16; use fp16"))
+    bf16 = training.mixed_precision == "bf16" or (training.mixed_precision == "auto" and recipe.model.dtype == "bfloat16")
+    if bf16 and device == "cuda" and not hardware.supports_bf16:
+        problems.append((key, f"{hardware.device_name} has no bfloat16; use fp16 (float16)"))
     if training.optim.startswith("paged_") and device != "cuda":
-        problems.append(("training.optim", f"`{training.optim}` pages between GPU and CPU memory; without a GPU it has no effect"))
+        problems.append(
+            ("training.optim", f"`{training.optim}` pages between GPU and CPU memory; without a GPU it has no effect")
+        )
     if recipe.adapter.method == "full" and recipe.model.dtype == "float16":
         problems.append(("model.dtype", "weights that are trained themselves lose their updates in float16; use float32"))
     if str(recipe.model.attn_implementation).startswith("flash_attention") and device != "cuda":

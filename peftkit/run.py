@@ -7,13 +7,13 @@ import difflib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from peftkit.errors import LoadError, RecipeError, ResourceError
 from peftkit.plan import Plan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import absolute_path
+from peftkit.recipe.yaml_file import parse_scalar
 
 PACKAGES = ("peftkit", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
-_SECRET_WORDS = ("token", "key", "secret", "password")
+# `--set some.api_key=abc` and `--set=some.api_key=abc`; a tokenizer is no secret.
+_SECRET = re.compile(r"((?:token(?!izer)|key|secret|password)[\w.\-]*\s*=).*", re.IGNORECASE | re.DOTALL)
 
 
 def _files_mode() -> int:
@@ -68,6 +70,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         old = path.with_name(f".{path.name}.old")
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # left by a kill between the next two lines
             path.replace(old)
         temporary.replace(path)
         shutil.rmtree(old, ignore_errors=True)
@@ -194,6 +197,13 @@ class Run:
         with self.metrics_path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
 
+    def read_metrics_at(self, step: int) -> dict[str, dict[str, float]]:
+        """Metrics of the evaluations after `step`, by split."""
+        if not self.metrics_path.is_file():
+            return {}
+        lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        return {line["split"]: line["metrics"] for line in lines if "split" in line and line["step"] == step}
+
     def log(self, text: str) -> None:
         """Add a line to train.log."""
         with self.log_path.open("a", encoding="utf-8") as handle:
@@ -220,40 +230,55 @@ def _first_free(base: Path) -> Path:
 
 
 def _newest_unfinished(plan: Plan) -> Run | None:
-    runs = [Run(path) for path in Path(plan.recipe.output.dir).glob(f"{plan.recipe.name}-*") if path.is_dir()]
+    # `base-large-20250101-120000` is no run of the recipe `base`.
+    of_recipe = re.compile(rf"{re.escape(str(plan.recipe.name))}-\d{{8}}-\d{{6}}(-\d+)?")
+    folders = Path(plan.recipe.output.dir).glob(f"{plan.recipe.name}-*")
+    runs = [Run(path) for path in folders if path.is_dir() and of_recipe.fullmatch(path.name)]
     open_runs = [run for run in runs if run.read_status().get("state") not in ("done", None)]
     return max(open_runs, key=lambda run: run.status_path.stat().st_mtime, default=None)
 
 
 def resolved_yaml(plan: Plan) -> str:
     """The recipe with every value that has an effect, paths absolute, `auto` decided: a valid recipe again."""
-    data = plan.recipe.model_dump(mode="json", exclude_none=True)
+    data = plan.recipe.model_dump(mode="json")
     data["model"]["dtype"] = plan.dtype
     data["training"] |= {
         "mixed_precision": plan.mixed_precision,
         "micro_batch_size": plan.micro_batch_size,
         "learning_rate": plan.learning_rate,
     }
-    if "max_steps" in data["training"]:
+    if data["training"]["max_steps"] is not None:
         del data["training"]["num_train_epochs"]
     if not plan.task.generates:
         del data["generation"]
-    if "data" in data:
+    if plan.recipe.data is not None:
         if not plan.task.train_on:
             del data["data"]["train_on"]
-        if "max_length" not in plan.recipe.data.model_fields_set:  # type: ignore[union-attr]
+        if "max_length" not in plan.recipe.data.model_fields_set:
             del data["data"]["max_length"]  # the default bows to what the model can take
-        if not data["data"].keys() & {"validation", "test"}:
+        if data["data"]["validation"] is None and data["data"]["test"] is None:
             del data["evaluation"]
     _make_absolute(data, plan.recipe_dir)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return yaml.dump(data, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """SafeDumper that quotes what our reader takes for a number, such as `1e4`, which YAML 1.1 takes for text."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(parse_scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_RecipeDumper.add_representer(str, _represent_text)
 
 
 def _make_absolute(data: dict[str, Any], recipe_dir: Path) -> None:
-    sources = [part for part in data.get("data", {}).values() if isinstance(part, dict) and "path" in part]
+    sources = [part for part in (data["data"] or {}).values() if isinstance(part, dict) and "path" in part]
     names = [(data["model"], key) for key in ("name_or_path", "tokenizer_name_or_path", "chat_template")]
     for section, key in [*names, *((source, "path") for source in sources)]:
-        if key in section and (path := absolute_path(section[key], recipe_dir)) is not None:
+        if section[key] is not None and (path := absolute_path(section[key], recipe_dir)) is not None:
             section[key] = str(path)
 
 
@@ -271,6 +296,8 @@ def environment(plan: Plan, fingerprints: dict[str, str]) -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:
@@ -278,5 +305,4 @@ def _version(name: str) -> str | None:
 
 
 def _without_secret(argument: str) -> str:
-    name, equals, _ = argument.partition("=")
-    return f"{name}=***" if equals and any(word in name.lower() for word in _SECRET_WORDS) else argument
+    return _SECRET.sub(r"\1***", argument)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,21 @@ from peftkit.engine.sources import read_rows
 from peftkit.errors import RecipeError
 from peftkit.recipe.schema import SourceSection
 from peftkit.run import write_text
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered.
+
+    Attributes:
+        prompt: one prompt.
+        source: file of rows to answer; neither this nor a prompt: what is typed.
+        output: file of their answers.
+    """
+
+    prompt: str | None = None
+    source: Path | None = None
+    output: Path | None = None
 
 
 def answer_prompt(adapter: Path, base: str | None, prompt: str, settings: Mapping[str, Any], as_json: bool) -> None:
@@ -33,7 +49,9 @@ def answer_prompt(adapter: Path, base: str | None, prompt: str, settings: Mappin
         console.print_text(answer["prediction"])
 
 
-def answer_file(adapter: Path, base: str | None, source: Path, output: Path, settings: Mapping[str, Any], batch_size: int) -> int:
+def answer_file(
+    adapter: Path, base: str | None, source: Path, output: Path, settings: Mapping[str, Any], batch_size: int
+) -> int:
     """Answer every row of a file; the output has the input's columns plus `prediction`."""
     raw = read_rows(SourceSection(path=str(source.absolute())), Path())
     loaded = load_adapter(adapter, base)
@@ -81,11 +99,10 @@ def settings_from(max_new_tokens: int | None, temperature: float | None) -> dict
 
 
 def infer(
-    adapter: Path, base: str | None, prompt: str | None, files: tuple[Path | None, Path | None], *,
-    settings: Mapping[str, Any], batch_size: int, as_json: bool,
+    adapter: Path, base: str | None, question: Question, *, settings: Mapping[str, Any], batch_size: int, as_json: bool
 ) -> None:
     """One answer, a file of answers, or a chat when neither is given."""
-    source, output = files
+    prompt, source, output = question.prompt, question.source, question.output
     if prompt is not None and source is not None:
         raise RecipeError("--prompt and --input: give one of the two")
     if (source is None) != (output is None):
@@ -94,7 +111,10 @@ def infer(
         answer_prompt(adapter, base, prompt, settings, as_json)
     elif source is not None and output is not None:
         num_rows = answer_file(adapter, base, source, output, settings, batch_size)
-        console.print_json({"num_rows": num_rows, "output": str(output)}) if as_json else console.print_note(f"{num_rows} answers: {output}")
+        if as_json:
+            console.print_json({"num_rows": num_rows, "output": str(output)})
+        else:
+            console.print_note(f"{num_rows} answers: {output}")
     elif as_json:
         raise RecipeError("--json needs --prompt or --input")
     else:

@@ -23,6 +23,6 @@ def merge(adapter: Path, base: str | None, output: Path, dtype: str) -> dict[str
 def print_merge(result: dict[str, Any]) -> None:
     """The result for people."""
     console.print_text(
-        f"{result['output']}: {result['dtype']}; logits differ from the adapter's by at most {result['max_abs_diff']:.3g} in float32 "
-        f"and {result['max_abs_diff_saved']:.3g} as written (allowed {result['tolerance']:.3g})"
+        f"{result['output']}: {result['dtype']}; logits differ from the adapter's by at most {result['max_abs_diff']:.3g} "
+        f"in float32 and {result['max_abs_diff_saved']:.3g} as written (allowed {result['tolerance']:.3g})"
     )

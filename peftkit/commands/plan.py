@@ -46,7 +46,9 @@ def plan(loaded: LoadedRecipe) -> dict[str, Any]:
 def print_plan(result: dict[str, Any]) -> None:
     """The plan for people."""
     console.print_text(line(result))
-    facts = [(name, result[name]) for name in ("num_steps", "tokens_per_epoch", "target_tokens_per_epoch", "longest_row_tokens")]
+    facts = [
+        (name, result[name]) for name in ("num_steps", "tokens_per_epoch", "target_tokens_per_epoch", "longest_row_tokens")
+    ]
     facts += [(f"rows in {name}", count) for name, count in result["rows"].items()]
     facts += [(f"dropped in {name}", count) for name, count in result["dropped_rows"].items() if count]
     facts += [(f"truncated in {name}", count) for name, count in result["truncated_rows"].items() if count]

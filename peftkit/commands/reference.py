@@ -1,18 +1,16 @@
-"""`methods`, `explain`, `schema`, `init`, `validate`: reference and checks, all torch-free."""
+"""`peftkit methods` and `peftkit explain`: reference, torch-free."""
 
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+import json
 from typing import Any
 
 from peftkit import console
 from peftkit.errors import RecipeError
 from peftkit.methods import METHODS
-from peftkit.recipe import load_recipe
 from peftkit.recipe.explain import KeyInfo, all_keys
-from peftkit.recipe.starter import starter_recipe
-from peftkit.run import write_text
+from peftkit.recipe.foreign import FOREIGN_KEYS
 from peftkit.tasks import TASKS
 
 
@@ -31,10 +29,14 @@ def list_methods(name: str | None, as_json: bool) -> None:
         item = described[0]
         console.print_text(f"{item['name']}: {item['summary']}")
         console.print_text(f"learning rate: {item['learning_rate']:g} ({item['learning_rate_source']})")
-        fields = [(f["name"], f["type"], "" if f["required"] else str(f["default"]), f["description"]) for f in item["fields"]]
+        fields = [
+            (f["name"], f["type"], "" if f["required"] else _yaml(f["default"]), f["description"]) for f in item["fields"]
+        ]
         console.print_wide_table("", ["field", "takes", "default", "meaning"], fields)
         if item["left_out"]:
-            console.print_wide_table("fields of PEFT that a recipe cannot state", ["field", "why"], list(item["left_out"].items()))
+            console.print_wide_table(
+                "fields of PEFT that a recipe cannot state", ["field", "why"], list(item["left_out"].items())
+            )
 
 
 def _describe(name: str) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def _describe(name: str) -> dict[str, Any]:
         "summary": method.summary,
         "learning_rate": method.learning_rate,
         "learning_rate_source": method.learning_rate_source,
-        "mergeable": True,
+        "mergeable": not method.not_mergeable,
         "peft_config": method.peft_config,
         "tasks": list(TASKS),
         "fields": [_field(info) for info in fields],
@@ -63,6 +65,11 @@ def _field(info: KeyInfo) -> dict[str, Any]:
     }
 
 
+def _yaml(value: Any) -> str:
+    """A default as a recipe spells it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def explain(key: str, as_json: bool) -> None:
     """One key of the recipe: type, default, meaning."""
     keys = all_keys()
@@ -70,36 +77,14 @@ def explain(key: str, as_json: bool) -> None:
     if not found:
         paths = {info.path: info.path for info in keys} | {info.path.rpartition(".")[2]: info.path for info in keys}
         close = difflib.get_close_matches(key, list(paths), n=1, cutoff=0.6)
+        if key in FOREIGN_KEYS:
+            raise RecipeError(f"no key is called `{key}`; here it is {FOREIGN_KEYS[key]}")
         hint = f"; did you mean `{paths[close[0]]}`?" if close else "; `peftkit schema` lists all of them"
         raise RecipeError(f"no key is called `{key}`{hint}")
     if as_json:
         console.print_json([{"key": info.path, "method": info.method} | _field(info) for info in found])
         return
     for info in found:
-        default = "required" if info.required else f"default: {'null' if info.default is None else info.default}"
+        default = "required" if info.required else f"default: {_yaml(info.default)}"
         of = f" (method: {info.method})" if info.method else ""
         console.print_text(f"{info.path}{of}\n  {info.description}\n  takes: {info.type_text}\n  {default}")
-
-
-def validate(path: Path, overrides: list[str], as_json: bool) -> None:
-    """Check a recipe without torch."""
-    try:
-        load_recipe(path, overrides)
-    except RecipeError as error:
-        if as_json:
-            problems = [{"where": p.where, "key": p.key, "what": p.what} for p in error.problems]
-            console.print_json({"valid": False, "problems": problems})
-        raise
-    console.print_json({"valid": True, "problems": []}) if as_json else console.print_text(f"{path}: valid")
-
-
-def init(path: Path, task: str, method: str, model: str | None, force: bool) -> None:
-    """Write a commented starter recipe."""
-    if task.upper() not in TASKS:
-        raise RecipeError(f"--task: no task is called `{task}`; there are: {', '.join(TASKS)}")
-    if method.lower() not in METHODS:
-        raise RecipeError(f"--method: no method is called `{method}`; there are: {', '.join(METHODS)}")
-    if path.exists() and not force:
-        raise RecipeError(f"{path} exists already; name another file, or add --force to replace it")
-    write_text(path, starter_recipe(TASKS[task.upper()], METHODS[method.lower()], model))
-    console.print_text(f"{path} written; put your rows into `data.train`, then: peftkit validate {path}")

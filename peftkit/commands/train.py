@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
-
-from accelerate import Accelerator
 
 from peftkit import console
 from peftkit.engine.adapter import attach_adapter
@@ -15,7 +14,7 @@ from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
 from peftkit.engine.data import Data, load_data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.guard import explain_exhaustion
-from peftkit.engine.hardware import detect_hardware, peak_memory_bytes, process_index
+from peftkit.engine.hardware import detect_hardware, peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.model import base_of, load_base_model, load_config, load_tokenizer, position_limit, set_pad_token
 from peftkit.engine.store import facts_of, initial_state, save_adapter, write_model_card
 from peftkit.engine.trainer import Trainer
@@ -32,23 +31,31 @@ def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, 
     data = load_data(plan, tokenizer, position_limit(load_config(base_of(plan)), tokenizer))
     blueprint = draw_blueprint(plan, len(data.encoding.labels))
     run = open_run(loaded, plan, output, resume)
-    reporter = console.reporter(process_index())
+    reporter = console.reporter(process_index(), run.log)
     for note in blueprint.notes:
         reporter.note(f"note: {note}")
     reporter.note(f"run directory: {run.dir}")
-    reporter.note(f"trainable params: {blueprint.trainable_params} of {blueprint.all_params} ({blueprint.trainable_percent:.4f}%)")
+    reporter.note(
+        f"trainable params: {blueprint.trainable_params} of {blueprint.all_params} ({blueprint.trainable_percent:.4f}%)"
+    )
     if process_index() == 0:
         write_json(run.environment_path, environment(plan, fingerprints(data)))
         run.write_status("training", step=0)
     try:
         with explain_exhaustion(plan, data):
             return _train_in(run, plan, tokenizer, data, reporter)
-    except PeftkitError as error:
-        run.write_status("stopped" if error.exit_code in (75, 130) else "failed", error=str(error), exit_code=error.exit_code)
+    except BaseException as error:
+        _record_failure(run, error)
         raise
-    except KeyboardInterrupt:
-        run.write_status("stopped", error="interrupted", exit_code=130)
-        raise
+
+
+def _record_failure(run: Run, error: BaseException) -> None:
+    """Write down why the run ended; a full disk must not hide the reason."""
+    code = error.exit_code if isinstance(error, PeftkitError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    with contextlib.suppress(OSError):
+        step = run.read_status().get("step", 0)
+        run.write_status("stopped" if code in (75, 130) else "failed", step=step, error=str(error), exit_code=code)
+        run.log(f"{type(error).__name__}: {error}")
 
 
 def train_and_report(loaded: LoadedRecipe, output: Path | None, resume: bool, as_json: bool) -> None:
@@ -59,13 +66,25 @@ def train_and_report(loaded: LoadedRecipe, output: Path | None, resume: bool, as
     if as_json:
         console.print_json(result)
         return
-    for split, values in result["metrics_by_split"].items():
-        console.print_text(f"{split}: {console.metrics_text(values)}")
+    _print_metrics(result["metrics_by_split"], result["metrics_before"])
     certificate = result["certificate"]
     console.print_text(
         f"certificate passed: after reload into a fresh base, logits differ by at most {certificate['max_abs_diff']:.3g}"
     )
     console.print_text(f"adapter: {result['run_dir']}/adapter")
+
+
+def _print_metrics(after: dict[str, Any], before: dict[str, Any]) -> None:
+    """Metrics by split, beside those of the untrained model where they were measured."""
+    rows = [
+        (split, name, before.get(split, {}).get(name, ""), value)
+        for split, metrics in after.items()
+        for name, value in metrics.items()
+    ]
+    if any(row[2] != "" for row in rows):
+        console.print_table("", ["split", "metric", "before", "after"], rows)
+    elif rows:
+        console.print_table("", ["split", "metric", "value"], [(row[0], row[1], row[3]) for row in rows])
 
 
 def _train_in(run: Run, plan: Plan, tokenizer: Any, data: Data, reporter: console.LineReporter) -> dict[str, Any]:
@@ -77,18 +96,13 @@ def _train_in(run: Run, plan: Plan, tokenizer: Any, data: Data, reporter: consol
         base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     untrained = initial_state(model, plan)
     runtime = plan.task.runtime(tokenizer, data.encoding)
-    accelerator = Accelerator(
-        mixed_precision=plan.mixed_precision, cpu=plan.hardware.device == "cpu", log_with=plan.recipe.output.report_to or None,
-        project_dir=str(run.dir),
-    )
-    if plan.recipe.output.report_to:
-        accelerator.init_trackers(plan.recipe.name or "peftkit", config={"recipe": run.resolved_path.read_text()})
+    accelerator = start_accelerator(plan, run)
     trainer = Trainer(plan, model, runtime, data, run, accelerator, reporter)
     if plan.recipe.training.eval_on_start and "test" in data.splits and not trainer.is_resumed:
         trainer.evaluate("test")
     trainer.fit()
-    metrics = {split: flat_metrics(trainer.final_metrics(split)) for split in ("validation", "test") if split in data.splits}
-    accelerator.end_training()
+    evaluated = [split for split in ("validation", "test") if split in data.splits]
+    metrics: dict[str, Any] = {split: flat_metrics(trainer.final_metrics(split)) for split in evaluated}
     summary = _summary(run, trainer, metrics)
     if accelerator.is_main_process:
         facts = facts_of(plan, base.path, data.encoding, data.format)
@@ -99,6 +113,7 @@ def _train_in(run: Run, plan: Plan, tokenizer: Any, data: Data, reporter: consol
         write_model_card(run.adapter_dir, facts, metrics, summary["certificate"])
         run.write_status("done", step=trainer.progress.step, summary=summary)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return summary
 
 
@@ -110,6 +125,7 @@ def _summary(run: Run, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, A
         "train_loss": trainer.last_loss,
         "metrics": metrics.get("test") or metrics.get("validation") or {},
         "metrics_by_split": metrics,
+        "metrics_before": run.read_metrics_at(0),
         "trainable_params": sum(parameter.numel() for parameter in trainer.trained),
         "train_seconds": round(progress.seconds, 3),
         "target_tokens_per_second": round(progress.target_tokens / max(progress.seconds, 1e-9), 2),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from peftkit.engine.model import head_modules, is_tied, new_modules
 from peftkit.engine.targets import Targets, resolve_targets
-from peftkit.errors import RecipeError
+from peftkit.errors import LoadError, RecipeError
 from peftkit.methods.lora import LoraSection
 from peftkit.plan import Plan
 
@@ -34,16 +37,35 @@ def attach_adapter(model: PreTrainedModel, plan: Plan, missing: set[str], *, met
     new = [*head, *new_modules(missing, head)] if plan.task.has_labels else []
     wanted = getattr(plan.recipe.adapter, "modules_to_save", None) or []
     whole = list(dict.fromkeys([*new, *wanted]))
-    if kind == "head":
-        return _train_only(model, whole or head)
-    config = peft_config(model, plan, whole, meta=meta)
+    adapted = _train_only(model, whole or head) if kind == "head" else _inject(model, plan, whole, meta=meta)
+    if plan.mixed_precision != "no":
+        _train_in_float32(adapted, plan.hardware.device)
+    return adapted
+
+
+def _train_in_float32(model: nn.Module, device: str) -> None:
+    """Heads and biases too, as PEFT does for lora_A and lora_B: small updates would be lost in 16 bits."""
+    for module in model.modules():
+        if device == "cpu" and not isinstance(module, nn.Linear):
+            continue  # autocast on the CPU mixes dtypes in linear layers only
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+def _inject(model: PreTrainedModel, plan: Plan, whole: Sequence[str], *, meta: bool) -> nn.Module:
     set_seed(plan.recipe.training.seed)  # before the adapter is built: every process gets the same lora_A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of here is checked by the plan, as errors
         try:
-            return peft.get_peft_model(model, config, low_cpu_mem_usage=meta)
+            config = peft_config(model, plan, whole, meta=meta)
+            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=meta)
         except (ValueError, TypeError, RuntimeError) as error:
             raise RecipeError(f"adapter: PEFT refuses these settings for this model: {error}") from error
+    for name, parameter in adapted.named_parameters():
+        if ".original_module." in name:
+            parameter.requires_grad = False  # `bias: all` reaches into the untouched copy of a module that is saved whole
+    return adapted
 
 
 def _train_only(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel:
@@ -60,7 +82,7 @@ def _train_only(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel
 
 def adapter_targets(model: PreTrainedModel, plan: Plan) -> Targets:
     """The modules that the recipe's adapter goes to."""
-    section = plan.recipe.adapter
+    section: Any = plan.recipe.adapter
     assert isinstance(section, LoraSection)
     if section.target_modules is None and section.target_parameters is not None:
         return Targets([], section.exclude_modules, "only target_parameters are named")
@@ -80,9 +102,32 @@ def peft_config(model: PreTrainedModel, plan: Plan, whole: Sequence[str], *, met
     return config
 
 
+def adapter_state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by PEFT's names, on the CPU, none sharing memory with another."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT takes the bias of lora_B for a shard of a matrix (0.21)
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    # `bias: all` lists the biases of modules that are saved whole a second and a third time.
+    twice = (".modules_to_save.", ".original_module.")
+    return {name: t.detach().cpu().clone().contiguous() for name, t in state.items() if not any(part in name for part in twice)}
+
+
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every trained tensor by its parameter name, on the CPU: what a checkpoint holds."""
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        LoadError: it is missing or damaged.
+    """
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    return tensors
 
 
 def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -6,17 +6,22 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import peft
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parameters
 from peftkit.engine.model import base_of, head_modules, is_tied, load_config, meta_model, missing_weights
-from peftkit.engine.targets import count_matches, linear_leaf_names
+from peftkit.engine.targets import count_matches, linear_leaf_names, matches
 from peftkit.errors import Problem, RecipeError
 from peftkit.methods.lora import LoraSection
 from peftkit.plan import Plan
+
+_INITS_BY_WEIGHT = ("pissa", "olora", "orthogonal", "mica")  # ranks beyond the matrix's own have nothing to start from
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def draw_blueprint(plan: Plan, num_labels: int = 0) -> Blueprint:
     tied, missing = is_tied(model), missing_weights(base, model) if plan.task.has_labels else set()
     adapted = attach_adapter(model, plan, missing, meta=True)
     if isinstance(adapted, peft.PeftModel):
+        if unfit := list(_unfit(plan, adapted)):
+            raise RecipeError([Problem("", key, what) for key, what in unfit])
         targets = _real_counts(adapted, targets)
     trainable, total = count_parameters(adapted)
     saved = _saved_modules(adapted, model, plan)
@@ -91,7 +98,7 @@ def _model_problems(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, s
 
 def _unmatched(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """Every name in the adapter section that matches no module: PEFT passes over most of them in silence."""
-    section = plan.recipe.adapter
+    section: Any = plan.recipe.adapter
     assert isinstance(section, LoraSection)
     modules = [name for name, _ in model.named_modules() if name]
     checks = {
@@ -109,7 +116,10 @@ def _unmatched(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(section, field):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules):
-                yield f"adapter.{field}.{pattern}", f"matches nothing in {type(model).__name__}{_suggest(pattern, modules, model)}"
+                yield (
+                    f"adapter.{field}.{pattern}",
+                    f"matches nothing in {type(model).__name__}{_suggest(pattern, modules, model)}",
+                )
     yield from _bad_indices(section, model)
 
 
@@ -118,15 +128,50 @@ def _bad_indices(section: LoraSection, model: PreTrainedModel) -> Iterator[tuple
     wanted = section.layers_to_transform
     for index in [wanted] if isinstance(wanted, int) else wanted or []:
         if layers is not None and not 0 <= index < layers:
-            yield "adapter.layers_to_transform", f"there is no layer {index}; {type(model).__name__} has layers 0 to {layers - 1}"
+            yield (
+                "adapter.layers_to_transform",
+                f"there is no layer {index}; {type(model).__name__} has layers 0 to {layers - 1}",
+            )
     tokens = section.trainable_token_indices or []
     embedding = model.get_input_embeddings()
     for index in tokens if isinstance(tokens, list) else [i for part in tokens.values() for i in part]:
         if not 0 <= index < embedding.weight.shape[0]:
             yield "adapter.trainable_token_indices", f"there is no token {index}; the model has {embedding.weight.shape[0]}"
+    modules = [name for name, _ in model.named_modules()]
     for name in tokens if isinstance(tokens, dict) else []:
-        if not any(part == name or part.endswith(f".{name}") for part, _ in model.named_modules()):
-            yield "adapter.trainable_token_indices", f"no embedding is called `{name}`"
+        if not any(matches(module, [name]) for module in modules):
+            yield "adapter.trainable_token_indices", f"no embedding is called `{name}`{_suggest(name, modules, model)}"
+
+
+def _unfit(plan: Plan, adapted: peft.PeftModel) -> Iterator[tuple[str, str]]:
+    """Settings that only the adapted layers can tell to be impossible or without effect."""
+    section: Any = plan.recipe.adapter
+    if section.bias != "none" and not any(_is_base_bias(name) and p.requires_grad for name, p in adapted.named_parameters()):
+        what = "the adapted layers have no bias" if section.bias == "lora_only" else "the model has no bias"
+        yield "adapter.bias", f"`{section.bias}` has no effect: {what}"
+    init = str(section.init_lora_weights).partition("_")[0]
+    layers = [(name, layer) for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in layers if init in _INITS_BY_WEIGHT else []:
+        if what := _why_not_init(init, layer):
+            module = name.removeprefix("base_model.model.")
+            yield "adapter.init_lora_weights", f"`{init}` cannot start from `{module}`: {what}"
+            return  # the other layers are like it
+
+
+def _why_not_init(init: str, layer: LoraLayer) -> str:
+    """Why an initialisation from the base weight does not fit this layer; empty where it does."""
+    base, smaller = layer.get_base_layer(), min(layer.in_features, layer.out_features)
+    if isinstance(layer, ParamWrapper):
+        return "it holds a parameter that is no linear layer's"
+    if isinstance(base, nn.Embedding) and init != "mica":
+        return "it is an embedding"
+    if isinstance(base, Conv1D) and init == "olora":
+        return "PEFT 0.21 takes the transposed weight of GPT-2's layers for the weight itself; use pissa"
+    return f"`r` is {layer.r['default']}, its smaller side {smaller}" if layer.r["default"] > smaller else ""
+
+
+def _is_base_bias(name: str) -> bool:
+    return name.endswith(".bias") and not any(part in name for part in (".lora_", ".modules_to_save."))
 
 
 def _suggest(entry: str, names: list[str], model: PreTrainedModel) -> str:
@@ -164,10 +209,14 @@ def _notes(plan: Plan, adapted: nn.Module, tied: bool, missing: set[str]) -> lis
         embeddings = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_out")
         hit = [name for name in adapted.base_model.targeted_module_names if name.rpartition(".")[2] in embeddings]
         if hit:
-            notes.append(f"{', '.join(hit)} is tied to another embedding: the adapter works, but merging it would be wrong; "
-                         "`modules_to_save` or `trainable_token_indices` can be merged")
+            notes.append(
+                f"{', '.join(hit)} is tied to another embedding: the adapter works, but merging it would be wrong; "
+                "`modules_to_save` or `trainable_token_indices` can be merged"
+            )
     if missing:
-        notes.append(f"the checkpoint has no weights for {', '.join(sorted(missing))}: they start at random and are trained and saved")
+        notes.append(
+            f"the checkpoint has no weights for {', '.join(sorted(missing))}: they start at random and are trained and saved"
+        )
     return notes
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import nn
 
+from peftkit.engine.adapter import read_tensors
 from peftkit.engine.model import load_base_model, set_pad_token
 from peftkit.engine.store import TENSORS, AdapterFacts, load_into
 from peftkit.errors import CertificateError, LoadError
@@ -23,7 +24,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 @torch.inference_mode()
-def reference_logits(model: nn.Module, runtime: Runtime, examples: Sequence[Example], precision: str = "no") -> list[torch.Tensor]:
+def reference_logits(
+    model: nn.Module, runtime: Runtime, examples: Sequence[Example], precision: str = "no"
+) -> list[torch.Tensor]:
     """Logits of each example alone (no padding), on the CPU in float32."""
     device = next(model.parameters()).device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -41,7 +44,7 @@ def largest_difference(left: Sequence[torch.Tensor], right: Sequence[torch.Tenso
     if any(a.shape != b.shape for a, b in zip(left, right, strict=True)):
         return float("inf")
     differences = [float((a - b).abs().max()) for a, b in zip(left, right, strict=True)]
-    return max(differences) if all(d == d for d in differences) else float("inf")
+    return max(differences) if not any(map(math.isnan, differences)) else float("inf")
 
 
 def scale_of(logits: Sequence[torch.Tensor]) -> float:
@@ -49,7 +52,9 @@ def scale_of(logits: Sequence[torch.Tensor]) -> float:
     return max(1.0, *(float(part.abs().max()) for part in logits))
 
 
-def certify(folder: Path, reference: Sequence[torch.Tensor], facts: AdapterFacts, runtime: Runtime, examples: Sequence[Example]) -> dict[str, Any]:
+def certify(
+    folder: Path, reference: Sequence[torch.Tensor], facts: AdapterFacts, runtime: Runtime, examples: Sequence[Example]
+) -> dict[str, Any]:
     """Reload an adapter folder into a fresh base and compare.
 
     Args:
@@ -65,12 +70,12 @@ def certify(folder: Path, reference: Sequence[torch.Tensor], facts: AdapterFacts
     Raises:
         CertificateError: with the cause.
     """
-    _check_tensors(folder)
     try:
+        _check_tensors(folder)
         # Another seed for the new head: one that was not saved cannot come out right by chance.
-        base, _ = load_base_model(facts.base_model(folder), runtime.settings.labels, head_seed=facts.seed + 1)
+        base, missing = load_base_model(facts.base_model(folder), runtime.settings.labels, head_seed=facts.seed + 1)
         set_pad_token(base, runtime.tokenizer)
-        model = base if facts.method == "full" else load_into(base, folder, facts.method)
+        model: Any = load_into(base, folder, facts.method, missing)
     except LoadError as error:
         raise CertificateError(f"certificate failed: what was saved does not load: {error}") from error
     model.to(Accelerator().device)
@@ -88,7 +93,7 @@ def certify(folder: Path, reference: Sequence[torch.Tensor], facts: AdapterFacts
 
 def _check_tensors(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
+        for name, tensor in read_tensors(path).items():
             if tensor.numel() == 0:
                 raise CertificateError(f"certificate failed: {path.name} holds an empty tensor: {name}")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import random
 import shutil
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from peftkit.engine.adapter import load_trainable_state, trainable_state
+from peftkit.engine.adapter import load_trainable_state, read_tensors, trainable_state
 from peftkit.errors import LoadError
 from peftkit.run import Run, new_folder, write_json
 
@@ -55,9 +56,8 @@ def checkpoint_dir(run: Run, step: int) -> Path:
 
 
 def list_checkpoints(run: Run) -> list[Path]:
-    """Checkpoints of a run, oldest first; a folder without state is none (writing is atomic)."""
-    found = [path for path in run.checkpoints_dir.glob("step-*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Checkpoints of a run, oldest first; they are written atomically, so that none is there by half."""
+    return sorted(run.checkpoints_dir.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def save_checkpoint(run: Run, model: nn.Module, parts: dict[str, Any], progress: Progress, keep: int) -> None:
@@ -89,7 +89,7 @@ def load_checkpoint(path: Path, model: nn.Module, parts: dict[str, Any], process
         LoadError: a file of it is missing or damaged.
     """
     try:
-        load_trainable_state(model, load_file(path / TENSORS))
+        load_trainable_state(model, read_tensors(path / TENSORS))
         states = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
         for name, part in parts.items():
             part.load_state_dict(states[name])
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path, model: nn.Module, parts: dict[str, Any], process
         if process < len(generators):
             set_rng_state(generators[process])
         return Progress(**json.loads((path / STATE).read_text()))
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+    except (LoadError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise LoadError(f"the checkpoint {path} cannot be loaded: {error}") from error
 
 
@@ -109,7 +109,7 @@ def save_best(run: Run, model: nn.Module) -> None:
 
 def load_best(run: Run, model: nn.Module) -> None:
     """Put the best tensors back into the model."""
-    load_trainable_state(model, load_file(run.checkpoints_dir / "best" / TENSORS))
+    load_trainable_state(model, read_tensors(run.checkpoints_dir / "best" / TENSORS))
 
 
 def rng_state() -> dict[str, Any]:

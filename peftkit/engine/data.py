@@ -72,7 +72,7 @@ def load_data(plan: Plan, tokenizer: Any, max_positions: int | None = None) -> D
     if isinstance(data.validation, SourceSection):
         canonical["validation"] = _read(plan, data.validation)[0]
     elif data.validation is not None:
-        canonical["train"], canonical["validation"] = _split(raw, data.validation, plan.recipe.training.seed)
+        canonical["train"], canonical["validation"] = split_rows(raw, data.validation, plan.recipe.training.seed)
     if data.test is not None:
         canonical["test"] = _read(plan, data.test)[0]
     labels = tuple(data.labels or find_labels(canonical["train"])) if plan.task.has_labels else ()
@@ -145,7 +145,7 @@ def to_canonical(
     return rows
 
 
-def _split(rows: list[Numbered], fraction: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
+def split_rows(rows: list[Numbered], fraction: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
     """Part of the rows for validation, drawn by the seed, by label where there are labels."""
     groups: dict[str, list[int]] = {}
     for index, (_, row) in enumerate(rows):
@@ -156,10 +156,8 @@ def _split(rows: list[Numbered], fraction: float, seed: int) -> tuple[list[Numbe
         chosen.update(order[: round(fraction * len(order))])
     if not chosen or len(chosen) == len(rows):
         raise DataError(f"`data.validation: {fraction}` of {len(rows)} rows leaves one side empty; use another fraction")
-    parts: tuple[list[Numbered], list[Numbered]] = ([], [])
-    for index, row in enumerate(rows):
-        parts[index in chosen].append(row)
-    return parts
+    kept = [row for index, row in enumerate(rows) if index not in chosen]
+    return kept, [rows[index] for index in sorted(chosen)]
 
 
 def find_labels(rows: Sequence[Numbered]) -> list[str]:
@@ -189,8 +187,8 @@ def encode_rows(runtime: Runtime, rows: Sequence[Numbered], split: str, *, targe
     if too_long:
         longest = max(too_long)[0]
         heading = (
-            f"rows of {split} longer than `data.max_length` ({runtime.settings.max_length} tokens; {longest} would fit them all; "
-            "`data.truncation` left, right or drop would cut or leave them out)"
+            f"rows of {split} longer than `data.max_length` ({runtime.settings.max_length} tokens; {longest} would fit them "
+            "all; `data.truncation` left, right or drop would cut or leave them out)"
         )
         raise DataError(_many(heading, [f"{origin}: {length} tokens" for length, origin in too_long]))
     if not examples:
@@ -246,4 +244,3 @@ def micro_batches(rows: Sequence[int], micro_batch_size: int, num_processes: int
     chunks = [rows[start : start + width] for start in range(0, len(rows), width)]
     # Dealt like cards, so that a short last chunk is spread over the processes.
     return [list(chunk[process::num_processes]) for chunk in chunks]
-

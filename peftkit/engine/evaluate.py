@@ -40,7 +40,10 @@ def score_examples(
         chosen = [examples[index] for index in indices]
         batch = {name: tensor.to(device) for name, tensor in runtime.collate(chosen).items()}
         scores = runtime.score(runtime.forward(model, batch), batch, chosen)
-        results += [{"index": index, "row": example.origin, **score} for index, example, score in zip(indices, chosen, scores, strict=True)]
+        results += [
+            {"index": index, "row": example.origin, **score}
+            for index, example, score in zip(indices, chosen, scores, strict=True)
+        ]
         on_batch(len(indices))
     model.train(was_training)
     return sorted(gather_object(results) if world > 1 else results, key=lambda result: result["index"])

@@ -63,7 +63,10 @@ def file_row(loaded: LoadedAdapter, row: Mapping[str, Any], origin: str) -> Cano
 
 
 def answer_rows(
-    loaded: LoadedAdapter, rows: Sequence[tuple[str, CanonicalRow]], settings: Mapping[str, Any], batch_size: int,
+    loaded: LoadedAdapter,
+    rows: Sequence[tuple[str, CanonicalRow]],
+    settings: Mapping[str, Any],
+    batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Answer]:
     """One answer per row, in order, computed in batches of like length.
@@ -96,7 +99,10 @@ def answer_rows(
 
 
 def generate(
-    loaded: LoadedAdapter, examples: Sequence[Example], settings: Mapping[str, Any], on_text: Callable[[str], None] | None = None
+    loaded: LoadedAdapter,
+    examples: Sequence[Example],
+    settings: Mapping[str, Any],
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Generated texts of a batch; with `on_text` (one example) pieces are handed out as they come."""
     tokenizer, model = loaded.runtime.tokenizer, loaded.model
@@ -126,7 +132,7 @@ def generation_config(loaded: LoadedAdapter, settings: Mapping[str, Any]) -> Gen
     return config
 
 
-class _Streamer(TextStreamer):
+class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped here
     """Hands text out as soon as its tokens make whole words."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:

@@ -47,4 +47,6 @@ def _memory_text(plan: Plan, data: Data) -> str:
         remedies.append("model.dtype: bfloat16 (half the weights)")
     remedies.append(f"data.max_length below {longest} with data.truncation")
     shape = f"{plan.micro_batch_size} x {longest} tokens"
-    return f"out of memory on {plan.hardware.device_name} with micro-batches of up to {shape}. What helps:\n  " + "\n  ".join(remedies)
+    return f"out of memory on {plan.hardware.device_name} with micro-batches of up to {shape}. What helps:\n  " + "\n  ".join(
+        remedies
+    )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from peftkit.plan import Hardware
+from peftkit.plan import Hardware, Plan
+from peftkit.run import Run
 
 
 def detect_hardware() -> Hardware:
@@ -17,11 +20,31 @@ def detect_hardware() -> Hardware:
     if torch.cuda.is_available() and not forced_cpu:
         index = int(os.environ.get("LOCAL_RANK", "0"))
         facts = torch.cuda.get_device_properties(index)
-        return Hardware("cuda", facts.name, torch.cuda.is_bf16_supported(), facts.total_memory, num_processes)
+        return Hardware(
+            "cuda", facts.name, torch.cuda.is_bf16_supported(including_emulation=False), facts.total_memory, num_processes
+        )
     memory = psutil.virtual_memory().total
     if torch.backends.mps.is_available() and not forced_cpu:
         return Hardware("mps", "Apple GPU", True, memory, num_processes)
     return Hardware("cpu", "the CPU", True, memory, num_processes)
+
+
+def start_accelerator(plan: Plan, run: Run) -> Accelerator:
+    """Devices, processes, autocast and trackers of a run."""
+    trackers = plan.recipe.output.report_to
+    # The precision of a process's first Accelerator would hold for all later ones (accelerate 1.15).
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=plan.mixed_precision,
+        cpu=plan.hardware.device == "cpu",
+        log_with=list(trackers) or None,
+        project_dir=str(run.dir),
+    )
+    if trackers:
+        accelerator.init_trackers(
+            plan.recipe.name or "peftkit", config={"recipe": run.resolved_path.read_text(encoding="utf-8")}
+        )
+    return accelerator
 
 
 def process_index() -> int:

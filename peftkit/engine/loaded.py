@@ -61,7 +61,9 @@ def adapter_folder(path: Path) -> Path:
     if (path / "adapter").is_dir():
         return path / "adapter"
     if (path / "resolved.yaml").is_file():
-        raise LoadError(f"the run {path} has no adapter yet: its training did not end; `peftkit train --resume --output {path}`")
+        raise LoadError(
+            f"the run {path} has no adapter yet: its training did not end; `peftkit train --resume --output {path}`"
+        )
     return path
 
 
@@ -82,9 +84,14 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     source = facts.base_model(folder)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = read_tokenizer(str(folder) if has_tokenizer else source.path, None if has_tokenizer else source.revision)
-    model, _ = load_base_model(source, encoding.labels)
+    try:
+        if Path(source.path).is_absolute() and not Path(source.path).is_dir():
+            raise LoadError(f"there is no folder `{source.path}`")
+        tokenizer = read_tokenizer(str(folder) if has_tokenizer else source.path, None if has_tokenizer else source.revision)
+        model, missing = load_base_model(source, encoding.labels)
+    except LoadError as error:
+        raise LoadError(f"the base of the adapter {folder}: {error}; where it has moved, name it with --base") from error
     set_pad_token(model, tokenizer)
-    adapted: Any = model if facts.method == "full" else load_into(model, folder, facts.method)
+    adapted: Any = load_into(model, folder, facts.method, missing)
     device = Accelerator().device
     return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)

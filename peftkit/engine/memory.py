@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peftkit.engine.blueprint import Blueprint
 from peftkit.plan import Plan
 
@@ -40,13 +42,13 @@ def estimate_memory(plan: Plan, blueprint: Blueprint, num_tokens: int) -> dict[s
 
 
 def _activations(plan: Plan, blueprint: Blueprint, num_tokens: int) -> int:
-    config = blueprint.config.get_text_config()
-    hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)
-    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 0)
+    config: Any = blueprint.config.get_text_config()
+    hidden = getattr(config, "hidden_size", getattr(config, "d_model", 0))
+    layers = getattr(config, "num_hidden_layers", getattr(config, "num_layers", 0))
     factor = 1 if plan.mixed_precision != "no" or plan.dtype != "float32" else 2
     per_layer = 34 * factor * hidden * num_tokens
-    kept = (2 * factor * hidden * num_tokens * layers + per_layer) if plan.recipe.training.gradient_checkpointing else per_layer * layers
+    kept = per_layer * layers
+    if plan.recipe.training.gradient_checkpointing:
+        kept = 2 * factor * hidden * num_tokens * layers + per_layer
     vocabulary = getattr(config, "vocab_size", 0) if plan.task.generates else 0
     return round(kept + 3 * 4 * num_tokens * vocabulary)
-
-

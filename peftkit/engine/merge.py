@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,21 @@ from peftkit.run import new_folder
 from peftkit.tasks.base import Example, Runtime, Task
 
 # Any text will do: what counts is that both models see the same.
-_PROBES = ("The parcel came on Tuesday, but the lamp in it was broken.", "How many apples are left?", "yes", "12 + 30 = 42, so it is.")
+_PROBES = (
+    "The parcel came on Tuesday, but the lamp in it was broken.",
+    "How many apples are left?",
+    "yes",
+    "12 + 30 = 42, so it is.",
+)
 
 
 def probe_examples(runtime: Runtime, task: Task) -> list[Example]:
     """Fixed rows for comparing two models of a task."""
     cut = task.runtime(runtime.tokenizer, dataclasses.replace(runtime.settings, truncation="right"))
     label = {"label": runtime.settings.labels[0]} if task.has_labels else {}
-    rows: list[dict[str, Any]] = [{"text": text, **label} if task.has_labels else {"prompt": text, "completion": text} for text in _PROBES]
+    rows: list[dict[str, Any]] = [
+        {"text": text, **label} if task.has_labels else {"prompt": text, "completion": text} for text in _PROBES
+    ]
     examples = [cut.encode(row, "probe") for row in rows]
     return [example for example in examples if example is not None]
 
@@ -61,7 +69,9 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
         loaded.runtime.tokenizer.save_pretrained(folder)
         if (loaded.folder / "generation_config.json").is_file():
             (folder / "generation_config.json").write_bytes((loaded.folder / "generation_config.json").read_bytes())
-        alone, missing = load_base_model(Base(str(folder), loaded.task, wanted, trust_remote_code=loaded.facts.trust_remote_code))
+        alone, missing = load_base_model(
+            Base(str(folder), loaded.task, wanted, trust_remote_code=loaded.facts.trust_remote_code)
+        )
         if missing:
             raise CertificateError(f"the merged model lacks weights when loaded alone: {sorted(missing)[:3]}")
         set_pad_token(alone, loaded.runtime.tokenizer)
@@ -76,9 +86,13 @@ def _merged(model: nn.Module, method: str) -> nn.Module:
         return model  # `full` and `head` have trained the base's own tensors
     config = model.active_peft_config
     if getattr(config, "layer_replication", None):
-        raise RecipeError("--adapter: `layer_replication` shares base layers, so that merging into one of them changes the others")
+        raise RecipeError(
+            "--adapter: `layer_replication` shares base layers, so that merging into one of them changes the others"
+        )
     try:
-        return model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of ties that merging breaks: the comparison of logits decides
+            return model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
         kind = "" if method in METHODS else f" ({method})"
         raise RecipeError(f"--adapter: this adapter cannot be merged{kind}: {error or type(error).__name__}") from error
@@ -91,5 +105,3 @@ def _require(difference: float, tolerance: float, reference: Sequence[torch.Tens
             f"the {what} model's logits differ from the adapter's by up to {difference:.3g} (allowed {allowed:.3g}); "
             "nothing was written. Adapted embeddings that are tied to the output layer are a known cause"
         )
-
-

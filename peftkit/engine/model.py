@@ -21,6 +21,7 @@ from peftkit.plan import Plan
 from peftkit.recipe.paths import find_path
 from peftkit.recipe.rules import EMBEDDED_MODELS
 from peftkit.tasks.base import Task
+from peftkit.tasks.causal_lm_torch import default_chat_template
 
 EMBEDDED_SHA256 = {"embedded/all-MiniLM-L6-v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
 
@@ -112,9 +113,7 @@ def load_tokenizer(plan: Plan) -> Any:
         file = find_path(plan.recipe.model.chat_template, plan.recipe_dir)
         tokenizer.chat_template = file.read_text(encoding="utf-8") if file else None
     elif plan.task.generates and not tokenizer.chat_template:
-        from peftkit.tasks.causal_lm_torch import DEFAULT_CHAT_TEMPLATE
-
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        tokenizer.chat_template = default_chat_template(tokenizer)
     return tokenizer
 
 
@@ -177,7 +176,7 @@ def meta_model(base: Base, config: PretrainedConfig) -> PreTrainedModel:
                 trust_remote_code=base.trust_remote_code,
                 attn_implementation=base.attn_implementation,
             )
-    except (ValueError, ImportError, KeyError, TypeError) as error:
+    except (ValueError, ImportError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         what = f"transformers cannot build a {base.task.name} model of type `{config.model_type}`: {first_line(error)}"
         raise LoadError(what) from error
     if is_tied(model) and _file_has_own_head(base):
@@ -229,7 +228,9 @@ def weight_names(base: Base) -> set[str] | None:
         raise LoadError(f"{single} is damaged: {first_line(error)}") from error
 
 
-def load_base_model(base: Base, labels: tuple[str, ...] = (), *, head_seed: int | None = None) -> tuple[PreTrainedModel, set[str]]:
+def load_base_model(
+    base: Base, labels: tuple[str, ...] = (), *, head_seed: int | None = None
+) -> tuple[PreTrainedModel, set[str]]:
     """The base model with its weights, on the CPU, and the names of weights that its checkpoint lacks.
 
     A head that the checkpoint lacks is random by `head_seed` (default: the base's seed); a base of `init: random` is always

@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
         if training.loraplus_lr_embedding is not None:
             arguments["loraplus_lr_embedding"] = training.loraplus_lr_embedding
         arguments["loraplus_weight_decay"] = training.weight_decay
-        return create_loraplus_optimizer(  # type: ignore[no-any-return]
+        return create_loraplus_optimizer(
             model, optimizer_class, lr=plan.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio, **arguments
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -29,7 +29,7 @@ def build_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return optimizer_class(groups, lr=plan.learning_rate, **arguments)  # type: ignore[no-any-return]
+    return optimizer_class(groups, lr=plan.learning_rate, **arguments)
 
 
 def _class_and_arguments(plan: Plan) -> tuple[Any, dict[str, Any]]:

@@ -82,7 +82,7 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
 
 
 def _read_parquet(path: Path) -> Iterator[Numbered]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     try:
         table = parquet.read_table(path)

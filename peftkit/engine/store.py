@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftkit.engine.adapter import trainable_state
+from peftkit.engine.adapter import adapter_state, read_tensors, trainable_state
 from peftkit.engine.model import Base, is_tied
 from peftkit.errors import LoadError
 from peftkit.plan import Plan
@@ -88,7 +90,7 @@ def facts_of(plan: Plan, base: str, encoding: Encoding, data_format: str) -> Ada
     recipe = plan.recipe
     return AdapterFacts(
         task=recipe.task,
-        method=recipe.adapter.method,
+        method=plan.method.name,
         base=base,
         revision=recipe.model.revision,
         dtype=plan.dtype,
@@ -110,7 +112,7 @@ def initial_state(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     """The untrained adapter, for initialisations that change the base; empty for all others."""
     if plan.method.kind != "peft" or not plan.method.changes_base(plan.recipe.adapter):
         return {}
-    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    return adapter_state(model)
 
 
 def save_adapter(path: Path, model: nn.Module, tokenizer: Any, facts: AdapterFacts, initial: dict[str, torch.Tensor]) -> None:
@@ -137,12 +139,14 @@ def save_adapter(path: Path, model: nn.Module, tokenizer: Any, facts: AdapterFac
 
 
 def _save_peft(folder: Path, model: PeftModel, facts: AdapterFacts, initial: dict[str, torch.Tensor]) -> None:
-    state = {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    state = adapter_state(model)
     config = model.active_peft_config.to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": facts.base, "task_type": facts.task}
     if initial:
         state, config = as_plain_lora(state, initial, config)
-    saved = type(model.active_peft_config)(**{key: value for key, value in config.items() if key != "peft_type"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of conversions that PEFT would do; it is done here
+        saved = type(model.active_peft_config)(**{key: value for key, value in config.items() if key != "peft_type"})
     saved.save_pretrained(str(folder))
     save_file(state, folder / TENSORS, metadata={"format": "pt"})
 
@@ -200,7 +204,9 @@ def _turn_ends(tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         return []
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
+        )
     except Exception:  # a template that refuses this exchange has no say here
         return []
     tail = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"][-1:]
@@ -214,14 +220,15 @@ def read_facts(folder: Path, base: str | None = None) -> AdapterFacts:
         LoadError: it is no adapter folder, or its base is not known.
     """
     if (folder / FACTS).is_file():
-        data = json.loads((folder / FACTS).read_text())
-        if data["encoding"] is not None:
-            data["encoding"]["labels"] = tuple(data["encoding"]["labels"])
-            data["encoding"] = Encoding(**data["encoding"])
-        return AdapterFacts(**data | ({"base": base} if base else {}))
+        data = _read_mapping(folder / FACTS)
+        try:
+            encoding = Encoding(**data["encoding"] | {"labels": tuple(data["encoding"]["labels"])})
+            return AdapterFacts(**data | {"encoding": encoding} | ({"base": base} if base else {}))
+        except (KeyError, TypeError) as error:
+            raise LoadError(f"{folder / FACTS} is damaged or of another version of peftkit: {error}") from error
     if not (folder / CONFIG).is_file():
         raise LoadError(f"{folder} is no adapter: it has neither {FACTS} nor {CONFIG}")
-    config = json.loads((folder / CONFIG).read_text())
+    config = _read_mapping(folder / CONFIG)
     found = base or config.get("base_model_name_or_path")
     if not found:
         raise LoadError(f"{folder} does not say its base model; name it with --base")
@@ -232,42 +239,76 @@ def read_facts(folder: Path, base: str | None = None) -> AdapterFacts:
     return AdapterFacts(config["task_type"], config["peft_type"].lower(), found, config.get("revision"), encoding=encoding)
 
 
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise LoadError(f"{path} holds no mapping")
+    return data
+
+
 def _num_labels(folder: Path) -> int:
     """Rows of the saved head's last matrix."""
     heads = ("classifier", "score", "out_proj", "logits_proj")
-    state = load_file(folder / TENSORS)
+    state = read_tensors(folder / TENSORS)
     sizes = [tensor.shape[0] for name, tensor in state.items() if name.endswith(tuple(f"{head}.weight" for head in heads))]
     if not sizes:
         raise LoadError(f"{folder} has no classification head: its number of classes is not known")
     return int(sizes[-1])
 
 
-def load_into(base: PreTrainedModel, folder: Path, method: str) -> nn.Module:
-    """Put the adapter of a folder onto a fresh base model.
+def load_into(base: PreTrainedModel, folder: Path, method: str, missing: set[str]) -> nn.Module:
+    """Put the adapter of a folder onto a fresh base model; for `full` the base is the model.
+
+    Args:
+        base: the base model.
+        folder: the adapter folder.
+        method: its method.
+        missing: weights of the base that its checkpoint lacks: the adapter must bring them.
 
     Raises:
         LoadError: tensors are missing, unexpected or of another shape.
     """
-    if method == "head":
-        return _load_subset(base, folder)
+    in_file = {} if method == "full" else read_tensors(folder / TENSORS)
+    if random := sorted(missing - {name.removeprefix("base_model.model.") for name in in_file}):
+        raise LoadError(f"neither {folder} nor its base has weights for {', '.join(random[:3])}: they would be random")
+    if method == "full":
+        return base.eval()
+    return _load_subset(base, folder, in_file) if method == "head" else _load_peft(base, folder, in_file)
+
+
+def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Tensor]) -> nn.Module:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        model = PeftModel(base, config)
-        result = model.load_adapter(str(folder), "default")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of here was settled before training
+            model = PeftModel(base, config)
+        _match_dtypes(model, in_file)
+        if missing := sorted(adapter_state(model).keys() - in_file.keys()):
+            raise LoadError(f"the adapter {folder} does not fit {type(base).__name__}: it lacks {', '.join(missing[:3])}")
+        unexpected = sorted(model.load_adapter(str(folder), "default").unexpected_keys)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise LoadError(f"the adapter {folder} cannot be loaded onto {type(base).__name__}: {error}") from error
-    # PEFT lists every base weight as missing; only those of the adapter matter.
-    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    in_file = set(load_file(folder / TENSORS))
-    missing, unexpected = own - in_file, set(result.unexpected_keys)
-    if missing or unexpected:
-        raise LoadError(f"the adapter {folder} does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
+    if unexpected:
+        raise LoadError(
+            f"the adapter {folder} does not fit {type(base).__name__}: it has no place for {', '.join(unexpected[:3])}"
+        )
     return model.eval()
 
 
-def _load_subset(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    state = load_file(folder / TENSORS)
+def _match_dtypes(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+    """Give modules that were saved whole the dtype they were trained in; PEFT would round them to that of the base."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            dtypes = {tensor.dtype for key, tensor in state.items() if key.startswith(f"{name}.")}
+            if len(dtypes) == 1:
+                module.modules_to_save.to(dtypes.pop())
+
+
+def _load_subset(base: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     own = dict(base.named_parameters(remove_duplicate=False))
     if unknown := sorted(state.keys() - own.keys()):
         raise LoadError(f"the adapter {folder} has tensors that {type(base).__name__} has not: {unknown[:3]}")
@@ -279,15 +320,28 @@ def _load_subset(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     with torch.no_grad():
         for name, tensor in state.items():
             if own[name].shape != tensor.shape:
-                raise LoadError(f"the adapter {folder} has {name} of shape {tuple(tensor.shape)}, the base {tuple(own[name].shape)}")
+                raise LoadError(
+                    f"the adapter {folder} has {name} of shape {tuple(tensor.shape)}, the base {tuple(own[name].shape)}"
+                )
             own[name].copy_(tensor)
     return base.eval()
 
 
 def write_model_card(path: Path, facts: AdapterFacts, metrics: dict[str, Any], certificate: dict[str, Any]) -> None:
     """README.md of the adapter folder: base, task, method, metrics, certificate."""
-    header = {"base_model": facts.base, "library_name": "transformers" if facts.method == "full" else "peft", "tags": [facts.method]}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", "", f"# {facts.method} for {facts.base}", ""]
+    header = {
+        "base_model": facts.base,
+        "library_name": "transformers" if facts.method == "full" else "peft",
+        "tags": [facts.method],
+    }
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
+        "---",
+        "",
+        f"# {facts.method} for {facts.base}",
+        "",
+    ]
     lines += [f"Trained for {facts.task} with peftkit on rows in `{facts.format}` format.", ""]
     for split, values in metrics.items():
         lines.append(f"- {split}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))

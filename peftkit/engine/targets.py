@@ -36,7 +36,9 @@ def linear_leaf_names(model: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear_modules(model)})
 
 
-def resolve_targets(model: PreTrainedModel, wanted: list[str] | str | None, exclude: list[str] | str | None, head: Sequence[str]) -> Targets:
+def resolve_targets(
+    model: PreTrainedModel, wanted: list[str] | str | None, exclude: list[str] | str | None, head: Sequence[str]
+) -> Targets:
     """Turn `all-linear` and a missing value into names; routers, poolers and heads are left out unless named."""
     if wanted is not None and wanted != "all-linear":
         return Targets(wanted, exclude, "as the recipe says")
@@ -55,7 +57,7 @@ def resolve_targets(model: PreTrainedModel, wanted: list[str] | str | None, excl
 
 
 def _in_layers(name: str, head: Sequence[str]) -> bool:
-    return bool(_LAYER.search(f".{name}.")) and name.split(".")[0] not in head and not _ROUTERS.search(name)
+    return bool(_LAYER.search(f".{name}.")) and name.partition(".")[0] not in head and not _ROUTERS.search(name)
 
 
 def _join(exclude: list[str] | str | None, more: list[str]) -> list[str] | str | None:

@@ -91,6 +91,7 @@ class Trainer:
         self.stop_signal = 0
         self.skipped_steps = 0
         self.last_loss = math.nan
+        self.holds_best = False
 
     @property
     def is_resumed(self) -> bool:
@@ -118,6 +119,7 @@ class Trainer:
             self.reporter.stop()
         if self.plan.keeps_best and self.progress.best_step != self.progress.step:
             load_best(self.run, self.model)
+            self.holds_best = True
             self.reporter.note(f"kept the adapter of step {self.progress.best_step}, the best by {self.plan.metric_for_best}")
 
     def _resume(self) -> None:
@@ -131,7 +133,9 @@ class Trainer:
     def _one_step(self) -> None:
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        rows = step_rows(len(self.data.train), self.plan.recipe.training.batch_size, self.plan.recipe.training.seed, self.progress.step)
+        rows = step_rows(
+            len(self.data.train), self.plan.recipe.training.batch_size, self.plan.recipe.training.seed, self.progress.step
+        )
         num_targets = sum(self.data.train[row].num_targets for row in rows)
         loss = self._forward_backward(rows, num_targets)
         grad_norm = self._update(rows)
@@ -221,7 +225,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
             self.run.write_status("training", step=line["step"], total_steps=self.total_steps)
-        numbers = {f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+        numbers = {
+            f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float) and name != "step"
+        }
         self.accelerator.log(numbers, step=line["step"])
 
     def _after_step(self) -> None:
@@ -250,17 +256,23 @@ class Trainer:
             device=self.accelerator.device,
         )
         metrics = self.runtime.summarise(results)
-        line = {"step": self.progress.step, "split": split, "metrics": flat_metrics(metrics)}
+        numbers = flat_metrics(metrics)
+        line = {"step": self.weights_step, "split": split, "metrics": numbers}
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
             write_evaluation(self.run, split, metrics, results)
-        self.accelerator.log({f"{split}/{name}": value for name, value in line["metrics"].items()}, step=self.progress.step)
+        self.accelerator.log({f"{split}/{name}": value for name, value in numbers.items()}, step=self.progress.step)
         self.reporter.evaluation(line)
         return metrics
 
+    @property
+    def weights_step(self) -> int:
+        """The step whose weights are in the model."""
+        return self.progress.best_step if self.holds_best else self.progress.step
+
     def final_metrics(self, split: str) -> dict[str, Any]:
         """Metrics of the weights that `fit` left in the model; computed anew only if they are not those evaluated last."""
-        is_last = split == "validation" and (not self.plan.keeps_best or self.progress.best_step == self.progress.step)
+        is_last = split == "validation" and not self.holds_best
         return self.last_metrics if is_last and self.last_metrics else self.evaluate(split)
 
     def _evaluate_and_compare(self) -> None:
@@ -303,20 +315,21 @@ class Trainer:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and the first SIGINT ask for a checkpoint at the next step; a second SIGINT stops at once."""
+
         def remember(number: int, frame: Any) -> None:
-            if self.stop_signal == signal.SIGINT == number:
+            if number == self.stop_signal == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
 
-        old: dict[int, Callable[..., Any] | int | None] = {}
+        old: dict[signal.Signals, Callable[..., Any] | int | None] = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not the main thread: no signals there
                 old[number] = signal.signal(number, remember)
         try:
             yield
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            for restored, handler in old.items():
+                signal.signal(restored, handler)
 
     def _agreed_signal(self) -> int:
         """The signal that any process got, known to all of them."""

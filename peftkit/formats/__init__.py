@@ -5,9 +5,7 @@ from peftkit.formats.classification import CLASSIFICATION
 from peftkit.formats.language import CHAT, INSTRUCTION, PROMPT_COMPLETION, SEQ2SEQ, TEXT
 
 # The order is the order in which `format: auto` tries them: the most specific columns first.
-FORMATS: dict[str, Format] = {
-    item.name: item for item in (CHAT, CLASSIFICATION, PROMPT_COMPLETION, INSTRUCTION, SEQ2SEQ, TEXT)
-}
+FORMATS: dict[str, Format] = {item.name: item for item in (CHAT, CLASSIFICATION, PROMPT_COMPLETION, INSTRUCTION, SEQ2SEQ, TEXT)}
 
 
 def detect_format(columns: frozenset[str]) -> Format | None:

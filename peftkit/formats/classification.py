@@ -15,7 +15,7 @@ def _classification(row: RawRow, target: bool) -> CanonicalRow:
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise RowError(f"column `label` holds {label!r}; a label is a name or a whole number")
-    if label == "":
+    if isinstance(label, str) and not label.strip():
         raise RowError("column `label` is empty")
     return result | {"label": label}
 

@@ -17,7 +17,8 @@ def _instruction(row: RawRow, target: bool) -> CanonicalRow:
     system = text_of(row, "system", required=False)
     if system:
         messages.append({"role": "system", "content": system})
-    for turn in row.get("history") or []:
+    history = row.get("history") or []
+    for turn in history if isinstance(history, list | tuple) else [None]:
         if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
             raise RowError("`history` must be a list of [user text, assistant text] pairs")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

@@ -21,7 +21,6 @@ class Method:
         peft_config: class name in `peft`, for kind `peft`.
         learning_rate: what `training.learning_rate: auto` becomes.
         learning_rate_source: where that figure comes from.
-        not_mergeable: reason why an adapter cannot be merged; empty when it can.
         left_out: PEFT fields that a recipe cannot state, each with the reason.
         other_defaults: fields whose default differs from PEFT's, each with the reason.
         check: yields (field, sentence) for settings that cannot work together.
@@ -39,6 +38,7 @@ class Method:
     left_out: Mapping[str, str] = field(default_factory=dict)
     other_defaults: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Any], Iterator[tuple[str, str]]] = lambda section: iter(())
+    not_mergeable: str = ""
     not_mergeable_with: Callable[[Any], str] = lambda section: ""
     changes_base: Callable[[Any], bool] = lambda section: False
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from peftkit.methods.base import Method
-from peftkit.section import Section
+from peftkit.section import NonNegativeInt, Number, PositiveFloat, PositiveInt, Section, Share
 
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 InitName = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
 PissaIterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$")]
 
@@ -19,7 +18,7 @@ class Velora(Section):
     """Compressed activations (VeLoRA, Miles et al. 2024, arXiv:2405.17991)."""
 
     num_groups: PositiveInt = Field(64, description="Groups that the input features are split into.")
-    scale: float = Field(1.0, description="Scale of the reconstructed activation.")
+    scale: Number = Field(1.0, description="Scale of the reconstructed activation.")
     init_type: Literal["batch_average", "batch_average_once", "random"] = Field(
         "batch_average", description="How the projection vector is set."
     )
@@ -30,8 +29,8 @@ class LoraSection(Section):
 
     method: Literal["lora"] = Field("lora", description="LoRA: low-rank updates of linear layers.")
     r: PositiveInt = Field(8, description="Rank of the update.")
-    lora_alpha: float = Field(8, gt=0, description="Scale: the update is multiplied by lora_alpha / r.")
-    lora_dropout: Probability = Field(0.0, description="Dropout before lora_A, as a probability.")
+    lora_alpha: PositiveFloat = Field(8, description="Scale: the update is multiplied by lora_alpha / r.")
+    lora_dropout: Share = Field(0.0, description="Dropout before lora_A, as a probability.")
     target_modules: list[str] | str | None = Field(
         None,
         description="Modules to adapt: a list of names (suffixes), a regular expression over full names, or `all-linear`. "
@@ -49,24 +48,32 @@ class LoraSection(Section):
         description="How A and B start: true (Kaiming A, zero B), false (random), gaussian, orthogonal, mica, olora, pissa or "
         "pissa_niter_N (N power iterations of a fast SVD). pissa and olora are saved as plain LoRA of twice the rank.",
     )
-    layers_to_transform: list[int] | int | None = Field(None, description="Indices of the layers to adapt; the others stay.")
+    layers_to_transform: list[NonNegativeInt] | NonNegativeInt | None = Field(
+        None, description="Indices of the layers to adapt; the others stay."
+    )
     layers_pattern: list[str] | str | None = Field(
         None, description="Name of the layer list, where it is not the usual `layers` or `h`; goes with layers_to_transform."
     )
-    rank_pattern: dict[str, PositiveInt] = Field({}, description="Rank by module name or regular expression, where it is not r.")
-    alpha_pattern: dict[str, float] = Field({}, description="lora_alpha by module name or regular expression, where it differs.")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
+    rank_pattern: dict[str, PositiveInt] = Field(
+        {}, description="Rank by module name or regular expression, where it is not r."
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        {}, description="lora_alpha by module name or regular expression, where it differs."
+    )
+    trainable_token_indices: list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None = Field(
         None, description="Token ids whose embeddings are trained too (a list), or by name of the embedding layer."
     )
     target_parameters: list[str] | None = Field(
         None, description="Parameters to adapt that are no module, such as `mlp.experts.gate_up_proj` of fused experts."
     )
     lora_bias: bool = Field(False, description="Give lora_B a bias; such an adapter merges only into layers that have one.")
-    layer_replication: list[tuple[int, int]] | None = Field(
+    layer_replication: list[tuple[NonNegativeInt, PositiveInt]] | None = Field(
         None, description="Stack layers anew from [start, end) ranges of the original ones; cannot be merged."
     )
     velora_config: Velora | None = Field(None, description="Compress the activations kept for the backward pass (VeLoRA).")
-    ensure_weight_tying: bool = Field(False, description="Keep tied embeddings tied when one of them is adapted or saved whole.")
+    ensure_weight_tying: bool = Field(
+        False, description="Keep tied embeddings tied when one of them is adapted or saved whole."
+    )
 
 
 def _check(section: LoraSection) -> Iterator[tuple[str, str]]:
@@ -76,22 +83,28 @@ def _check(section: LoraSection) -> Iterator[tuple[str, str]]:
         yield "layers_to_transform", "works only with a list of `target_modules`, not with a regular expression or `all-linear`"
     if section.init_lora_weights == "orthogonal" and section.r % 2:
         yield "init_lora_weights", f"orthogonal initialisation needs an even rank, `r` is {section.r}"
-    if section.target_parameters is not None:
-        yield from _check_target_parameters(section)
+    yield from _check_target_parameters(section)
+    yield from _check_lora_bias(section)
+    if section.velora_config is not None and (section.use_dora or section.lora_dropout):
+        yield "velora_config", "cannot be combined with `use_dora` or `lora_dropout`"
+    if section.target_modules == [] and not section.target_parameters:
+        yield "target_modules", "is an empty list: nothing would be adapted; `method: head` trains the head alone"
+    if section.ensure_weight_tying and not (
+        section.modules_to_save or section.trainable_token_indices or section.target_modules
+    ):
+        yield "ensure_weight_tying", "has no effect unless an embedding is in `modules_to_save` or `target_modules`"
+
+
+def _check_lora_bias(section: LoraSection) -> Iterator[tuple[str, str]]:
     if section.use_dora and section.lora_bias:
         yield "lora_bias", "cannot be combined with `use_dora`"
     if section.lora_bias and not isinstance(section.init_lora_weights, bool):
         yield "lora_bias", "works only with `init_lora_weights` true or false"
-    if section.velora_config is not None and (section.use_dora or section.lora_dropout):
-        yield "velora_config", "cannot be combined with `use_dora` or `lora_dropout`"
-    if section.target_modules == []:
-        if not section.target_parameters:
-            yield "target_modules", "is an empty list: nothing would be adapted; `method: head` trains the head alone"
-    if section.ensure_weight_tying and not (section.modules_to_save or section.trainable_token_indices or section.target_modules):
-        yield "ensure_weight_tying", "has no effect unless an embedding is in `modules_to_save` or `target_modules`"
 
 
 def _check_target_parameters(section: LoraSection) -> Iterator[tuple[str, str]]:
+    if section.target_parameters is None:
+        return
     if section.use_dora:
         yield "target_parameters", "cannot be combined with `use_dora` (PEFT's ParamWrapper has no DoRA)"
     if section.lora_dropout:

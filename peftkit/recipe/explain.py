@@ -80,21 +80,18 @@ def type_text(info: FieldInfo) -> str:
 
 def _words(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in _WORDS:
-        return _WORDS[annotation]
     if origin is typing.Literal:
         return " | ".join(str(arg) for arg in args)
     if origin is typing.Annotated:
         return _words(args[0]) + _bounds(args[1:])
+    words = [_words(arg) for arg in args]
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_words(arg) for arg in args)
+        return " | ".join(dict.fromkeys(words))
     if origin is list:
-        return f"a list of {_words(args[0]).removeprefix('a ')}"
+        return f"a list of {words[0].removeprefix('a ')}"
     if origin is tuple:
-        return "a pair [" + ", ".join(_words(arg) for arg in args) + "]"
-    if origin is dict:
-        return f"a mapping from {_words(args[0])} to {_words(args[1])}"
-    return "a section"
+        return "a pair [" + ", ".join(words) + "]"
+    return f"a mapping from {words[0]} to {words[1]}" if origin is dict else _WORDS.get(annotation, "a section")
 
 
 def _bounds(metadata: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,20 @@ from peftkit.recipe.foreign import FOREIGN_KEYS
 from peftkit.recipe.rules import check_rules
 from peftkit.recipe.schema import Recipe
 from peftkit.recipe.yaml_file import Key, parse_yaml, read_yaml
+
+_MEMBER_NAMES = (
+    "bool",
+    "int",
+    "float",
+    "str",
+    "constrained-str",
+    "constrained-int",
+    "constrained-float",
+    "dict",
+    "list",
+    "none",
+)
+_YAML_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,15 @@ class LoadedRecipe:
     def problem(self, key: str, what: str, exit_code: int = 2) -> Problem:
         """A problem of this recipe, with its place in the file."""
         return Problem(_place(self.places, tuple(key.split("."))), key, what, exit_code)
+
+    @contextlib.contextmanager
+    def located(self) -> Iterator[None]:
+        """Problems that are found later, by key alone, get their place in the file here."""
+        try:
+            yield
+        except RecipeError as error:
+            found = [p if p.where or not p.key else self.problem(p.key, p.what, p.exit_code) for p in error.problems]
+            raise RecipeError(found) from error
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool = True) -> LoadedRecipe:
@@ -67,7 +92,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool =
         problems += _missing_files(data, problems, places, path.parent)
         raise RecipeError(problems) from None
     if recipe.name is None:
-        recipe = recipe.model_copy(update={"name": path.stem})
+        recipe = recipe.model_copy(update={"name": re.sub(r"[^\w.\-]+", "-", path.stem)})
     loaded = LoadedRecipe(recipe, path, path.read_text(encoding="utf-8-sig"), tuple(overrides), places)
     problems += [loaded.problem(key, what, code) for key, what, code in check_rules(recipe, path.parent, needs_data)]
     if problems:
@@ -79,23 +104,32 @@ def _missing_files(data: Any, known: Sequence[Problem], places: Mapping[Key, str
     """Files and folders that a recipe names in vain, found although other keys of it are wrong."""
     rest = copy.deepcopy(data)
     for problem in known:
-        *parents, last = problem.key.split(".")
-        section = rest
-        for name in parents:
-            section = section.get(name, {}) if isinstance(section, dict) else {}
-        if isinstance(section, dict):
-            section.pop(last, None)
-    try:
-        recipe = Recipe.model_validate(rest)
-    except ValidationError:
-        return []
-    findings = [finding for finding in check_rules(recipe, recipe_dir, False) if finding[2] != RecipeError.exit_code]
+        _remove(rest, problem.key.split("."))
+    findings = []
+    for name in ("model", "data"):
+        # The one section in a recipe where all else is right: it cannot know what the other mistakes were meant to say.
+        sound = {"task": "CAUSAL_LM", "model": {"name_or_path": "owner/name"}, "adapter": {"method": "full"}}
+        try:
+            recipe = Recipe.model_validate(sound | {name: rest[name]})
+        except (KeyError, ValidationError):
+            continue
+        findings += [finding for finding in check_rules(recipe, recipe_dir, False) if finding[2] != RecipeError.exit_code]
     return [Problem(_place(places, tuple(key.split("."))), key, what, code) for key, what, code in findings]
+
+
+def _remove(data: dict[str, Any], keys: Sequence[str]) -> None:
+    """Take away the innermost mapping entry that these keys lead to."""
+    for key in keys[:-1]:
+        if not isinstance(data.get(key), dict):
+            data.pop(key, None)
+            return
+        data = data[key]
+    data.pop(keys[-1], None)
 
 
 def _override(data: dict[str, Any], places: dict[Key, str], text: str) -> Iterable[Problem]:
     """Put one `a.b=value` into the raw data; yields what is wrong with it."""
-    place = f"--set {text}"
+    place = f"--set {text if len(text) <= 100 else text[:97] + '...'}"
     name, equals, value = text.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -113,9 +147,11 @@ def _override(data: dict[str, Any], places: dict[Key, str], text: str) -> Iterab
             target[key] = {"path": target[key]} if isinstance(target.get(key), str) and keys[0] == "data" else {}
         places.setdefault(tuple(keys[:depth]), place)
         target = target[key]
-    if keys == ["adapter", "method"] and target.get("method") != parsed:
+    if keys == ["adapter", "method"] and str(target.get("method")).lower() != str(parsed).lower():
         target.clear()  # the fields of another method mean nothing to this one
     target[keys[-1]] = parsed
+    for inner in [key for key in places if key[: len(keys)] == tuple(keys)]:
+        del places[inner]
     places[tuple(keys)] = place
 
 
@@ -130,8 +166,13 @@ def _translate(error: ValidationError, data: Any, places: Mapping[Key, str]) -> 
     """Pydantic's errors as ours: one problem per key, in the order of the file."""
     grouped: dict[Key, list[Any]] = {}
     for item in error.errors(include_url=False):
-        grouped.setdefault(_clean(item["loc"], data), []).append(item)
-    problems = [_problem(key, items, data, places) for key, items in grouped.items()]
+        *parents, last = item["loc"]
+        # A key that does not exist may be called anything, `dict` and `list` too.
+        key = (*_clean((*parents,), data), last) if item["type"] == "extra_forbidden" else _clean(item["loc"], data)
+        grouped.setdefault(key, []).append(item)
+    # Where one form of a value (a path or a section) fails inside, that the other forms do not fit either says nothing.
+    outer = {key[:depth] for key in grouped for depth in range(1, len(key))}
+    problems = [_problem(key, items, data, places) for key, items in grouped.items() if key not in outer]
     return sorted(problems, key=lambda problem: _line_of(problem.where))
 
 
@@ -142,7 +183,7 @@ def _line_of(where: str) -> int:
 
 def _clean(loc: tuple[int | str, ...], data: Any) -> Key:
     """Drop what pydantic adds to a location: the tag of the adapter's method and names of union members."""
-    if loc[0] == "adapter" and len(loc) > 1 and loc[1] in METHODS:
+    if len(loc) > 1 and loc[0] == "adapter" and loc[1] in METHODS:
         loc = (loc[0], *loc[2:])
     key: list[int | str] = []
     section: type[BaseModel] | None = Recipe
@@ -158,9 +199,7 @@ def _clean(loc: tuple[int | str, ...], data: Any) -> Key:
 
 
 def _is_member_name(part: int | str) -> bool:
-    text = str(part)
-    return any(mark in text for mark in "[(") or text in ("bool", "int", "float", "str", "constrained-str", "constrained-int",
-                                                          "constrained-float", "dict", "list", "none", "[key]")
+    return any(mark in str(part) for mark in "[(") or part in _MEMBER_NAMES
 
 
 def _section_at(section: type[BaseModel] | None, part: int | str, data: Any) -> type[BaseModel] | None:
@@ -188,6 +227,8 @@ def _problem(key: Key, items: list[Any], data: Any, places: Mapping[Key, str]) -
         allowed = key_info(dotted, info).type_text if info is not None else item["msg"]
         what = f"{_shown(item['input'])} is not allowed; it takes {allowed}"
         what += _close(str(item["input"]), allowed.split(" | "))
+        if type(item["input"]) in (int, float, bool) and "text" in allowed.replace("mapping from text", ""):
+            what += "; in quotes it is text"
     return Problem(_place(places, key), dotted, what)
 
 
@@ -215,7 +256,11 @@ def _field_at(key: Key, data: Any) -> tuple[type[BaseModel] | None, Any]:
 
 def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:
     """The sentence for a key that does not exist, with the best suggestion there is."""
-    ours = [info.path for info in all_keys() if info.path.rpartition(".")[2] == name and info.path != f"{prefix}.{name}"]
+    same = [info for info in all_keys() if info.path.rpartition(".")[2] == name]
+    methods = [info.method for info in same if info.path == f"{prefix}.{name}"]
+    ours = [info.path for info in same if info.path != f"{prefix}.{name}"]
+    if any(methods):
+        return f"no such key for this method; it belongs to `method: {' or '.join(methods)}`"
     if name in FOREIGN_KEYS:
         return f"no such key; here it is {FOREIGN_KEYS[name]}"
     close = _close(name, section.model_fields) if section is not None else ""
@@ -233,5 +278,5 @@ def _close(name: str, candidates: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, str) else f"`{value}`"
+    text = f"`{value}`" if isinstance(value, str) else _YAML_WORDS.get(repr(value), repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -60,17 +60,32 @@ def _adapter(recipe: Recipe) -> Iterator[Finding]:
     method = METHODS[recipe.adapter.method]
     for name, what in method.check(recipe.adapter):
         yield f"adapter.{name}", what, 2
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = getattr(recipe.adapter, name, None)
-        if isinstance(value, str) and value != "all-linear":
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
             try:
-                re.compile(value)
+                re.compile(pattern)
             except re.error as error:
-                yield f"adapter.{name}", f"`{value}` is no regular expression: {error}", 2
+                yield f"adapter.{name}", f"`{pattern}` is no regular expression: {error}", 2
 
 
 def _model(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
-    name = recipe.model.name_or_path
+    model, where = recipe.model, f"(looked in {places_text(recipe_dir)})"
+    yield from _model_place(model.name_or_path, recipe_dir)
+    tokenizer, template = model.tokenizer_name_or_path, model.chat_template
+    if tokenizer is not None and looks_local(tokenizer) and find_path(tokenizer, recipe_dir) is None:
+        yield "model.tokenizer_name_or_path", f"there is no folder `{tokenizer}` {where}", 7
+    if template is not None and find_path(template, recipe_dir) is None:
+        yield "model.chat_template", f"there is no file `{template}` {where}", 2
+    if model.revision is not None and (model.name_or_path.startswith("embedded/") or looks_local(model.name_or_path)):
+        yield "model.revision", "has no effect for a local folder; it belongs to models of the hub", 2
+    if model.init == "random" and written(model, "use_safetensors"):
+        yield "model.use_safetensors", "has no effect with `init: random`: no weights are loaded", 2
+    if model.init == "random" and recipe.adapter.method == "head":
+        yield "adapter.method", "`head` on a base of random weights learns nothing; use `init: pretrained` or `method: full`", 2
+
+
+def _model_place(name: str, recipe_dir: Path) -> Iterator[Finding]:
     if name.startswith("embedded/"):
         if name not in EMBEDDED_MODELS:
             yield "model.name_or_path", f"`{name}` is not among the embedded models: {', '.join(EMBEDDED_MODELS)}", 7
@@ -85,12 +100,6 @@ def _model(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
             yield "model.name_or_path", f"`{folder}` has no config.json: it is no model folder", 7
         else:
             yield from _config_json(folder)
-    if recipe.model.chat_template is not None and find_path(recipe.model.chat_template, recipe_dir) is None:
-        yield "model.chat_template", f"there is no file `{recipe.model.chat_template}` (looked in {places_text(recipe_dir)})", 2
-    if recipe.model.init == "random" and written(recipe.model, "use_safetensors"):
-        yield "model.use_safetensors", "has no effect with `init: random`: no weights are loaded", 2
-    if recipe.model.init == "random" and recipe.adapter.method == "head":
-        yield "adapter.method", "`head` on a base of random weights learns nothing; use `init: pretrained` or `method: full`", 2
 
 
 def _config_json(folder: Path) -> Iterator[Finding]:
@@ -113,9 +122,9 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
     if training.optim not in _ADAM:
         for name in written(training, "adam_beta1", "adam_beta2", "adam_epsilon"):
             yield f"training.{name}", f"has no effect with `optim: {training.optim}`", 2
-    if training.optim not in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor"):
-        if importlib.util.find_spec("bitsandbytes") is None:
-            yield "training.optim", f"`{training.optim}` needs bitsandbytes; `pip install bitsandbytes` adds it", 2
+    needs_bitsandbytes = training.optim not in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
+    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+        yield "training.optim", f"`{training.optim}` needs bitsandbytes; `pip install bitsandbytes` adds it", 2
     yield from _loraplus(recipe)
     yield from _schedule(recipe)
 
@@ -152,7 +161,13 @@ def _schedule(recipe: Recipe) -> Iterator[Finding]:
 def _evaluation(recipe: Recipe) -> Iterator[Finding]:
     training = recipe.training
     has_validation = recipe.data is not None and recipe.data.validation is not None
-    needs_validation = ("eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
+    needs_validation = (
+        "eval_steps",
+        "eval_on_start",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "early_stopping_patience",
+    )
     if recipe.data is not None and not has_validation:
         names = written(training, *needs_validation)
         if training.eval_on_start and recipe.data.test is not None:

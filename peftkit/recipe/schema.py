@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import operator
 from functools import reduce
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field
 
 from peftkit.formats import FORMATS
 from peftkit.methods import METHODS
-from peftkit.section import Section
+from peftkit.section import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section, Share
 from peftkit.tasks import TASKS
 
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[Number, Field(gt=0.0, lt=1.0)]
+Seed = Annotated[NonNegativeInt, Field(lt=2**31)]  # numpy's generators take 32 bits
 
 
 def _upper(value: Any) -> Any:
@@ -104,8 +104,8 @@ class TrainingSection(Section):
         "adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
     ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name; *_bnb_* and paged_* need bitsandbytes.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay; biases and norms have none.")
-    adam_beta1: Beta = Field(0.9, description="Adam's decay of the first moment.")
-    adam_beta2: Beta = Field(0.999, description="Adam's decay of the second moment.")
+    adam_beta1: Share = Field(0.9, description="Adam's decay of the first moment.")
+    adam_beta2: Share = Field(0.999, description="Adam's decay of the second moment.")
     adam_epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
     loraplus_lr_ratio: PositiveFloat | None = Field(
         None, description="LoRA+ (arXiv:2402.12354): learning rate of lora_B over that of lora_A; the paper uses 16."
@@ -125,24 +125,30 @@ class TrainingSection(Section):
     ] = Field("linear", description="Schedule of the learning rate, by transformers' name.")
     lr_scheduler_kwargs: dict[str, int | float | str] = Field({}, description="Further arguments of the schedule.")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="Clip the norm of all gradients to this; null: no clipping.")
-    label_smoothing_factor: Beta = Field(0.0, description="Label smoothing, 0 to 1.")
+    label_smoothing_factor: Share = Field(0.0, description="Label smoothing, 0 to 1.")
     neftune_noise_alpha: PositiveFloat | None = Field(
         None, description="NEFTune (arXiv:2310.05914): noise on the input embeddings; the paper uses 5 to 15."
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "auto", description="Autocast of the computation. auto: bf16 for bfloat16 weights, fp16 for float16, else no."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
     logging_steps: PositiveInt = Field(10, description="Write a line every so many steps.")
     eval_steps: PositiveInt | None = Field(None, description="Evaluate every so many steps; default: at the end of each epoch.")
     eval_on_start: bool = Field(False, description="Evaluate before the first step too.")
-    save_steps: PositiveInt | None = Field(None, description="Checkpoint every so many steps; default: at the end of each epoch.")
+    save_steps: PositiveInt | None = Field(
+        None, description="Checkpoint every so many steps; default: at the end of each epoch."
+    )
     save_total_limit: PositiveInt = Field(2, description="Checkpoints kept; older ones are removed.")
-    load_best_model_at_end: bool | None = Field(None, description="Keep the best adapter, not the last; default: with validation.")
+    load_best_model_at_end: bool | None = Field(
+        None, description="Keep the best adapter, not the last; default: with validation."
+    )
     metric_for_best_model: str | None = Field(None, description="Metric that decides; default: the task's own.")
     early_stopping_patience: PositiveInt | None = Field(None, description="Stop after so many evaluations without a new best.")
     early_stopping_threshold: NonNegativeFloat = Field(0.0, description="How much better counts as a new best.")
-    seed: NonNegativeInt = Field(0, description="Seed of adapter, data order and dropout.")
+    seed: Seed = Field(0, description="Seed of adapter, data order and dropout.")
 
 
 class EvaluationSection(Section):
@@ -158,7 +164,9 @@ class GenerationSection(Section):
     max_new_tokens: PositiveInt = Field(256, description="Longest answer, in tokens.")
     do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")
     temperature: PositiveFloat = Field(1.0, description="Temperature of sampling.")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Sample from the smallest set with this probability.")
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Sample from the smallest set with this probability."
+    )
     top_k: NonNegativeInt = Field(0, description="Sample from so many likeliest tokens; 0: all.")
     num_beams: PositiveInt = Field(1, description="Beams of a beam search; 1: none.")
     repetition_penalty: PositiveFloat = Field(1.0, description="Above 1, tokens seen before become less likely.")
@@ -173,8 +181,13 @@ class OutputSection(Section):
     )
 
 
-_TaskName = Literal[*TASKS]  # type: ignore[valid-type]
-_AdapterUnion = reduce(operator.or_, (method.section for method in METHODS.values()))
+if TYPE_CHECKING:
+    # The members come from tables, which no type checker can follow.
+    _TaskName = str
+    _AdapterUnion = Any
+else:
+    _TaskName = Literal[*TASKS]
+    _AdapterUnion = reduce(operator.or_, (method.section for method in METHODS.values()))
 
 
 class Recipe(Section):
@@ -183,9 +196,9 @@ class Recipe(Section):
     name: str | None = Field(None, pattern=r"^[\w.\-]+$", description="Name of the run; default: the name of the recipe file.")
     task: Annotated[_TaskName, BeforeValidator(_upper)] = Field(description="Task type, by PEFT's name, in any case.")
     model: ModelSection = Field(description="The base model.")
-    adapter: Annotated[_AdapterUnion, Field(discriminator="method")] = Field(description="The adapter method and its fields.")  # type: ignore[valid-type]
+    adapter: Annotated[_AdapterUnion, Field(discriminator="method")] = Field(description="The adapter method and its fields.")
     data: DataSection | None = Field(None, description="The rows; needed for everything but `params`.")
-    training: TrainingSection = Field(TrainingSection(), description="How to train.")
-    evaluation: EvaluationSection = Field(EvaluationSection(), description="How to evaluate.")
-    generation: GenerationSection = Field(GenerationSection(), description="How answers are generated.")
-    output: OutputSection = Field(OutputSection(), description="Where results go.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="How to train.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="How to evaluate.")
+    generation: GenerationSection = Field(default_factory=GenerationSection, description="How answers are generated.")
+    output: OutputSection = Field(default_factory=OutputSection, description="Where results go.")

@@ -20,14 +20,13 @@ MAX_BYTES = 1_000_000
 MAX_NODES = 20_000  # after aliases are expanded: a recipe has some hundred nodes, an alias bomb billions
 MAX_DEPTH = 50
 
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+# Longer ones are no number of a recipe, and int() refuses them from 4300 digits on.
+_INT = re.compile(r"[-+]?[0-9]{1,300}|0o[0-7]{1,300}|0x[0-9a-fA-F]{1,300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
-
-
 _PLAIN = "plain"  # the tag given here to unquoted scalars without a tag, which `parse_scalar` then reads
 
 
@@ -35,7 +34,10 @@ class _RecipeLoader(yaml.SafeLoader):
     """SafeLoader that resolves no plain scalar by itself, so that each of them reaches `parse_scalar`."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
-        return _PLAIN if kind is yaml.ScalarNode and implicit[0] else super().resolve(kind, value, (False, True))
+        """The tag of a node; a plain scalar's is `_PLAIN`."""
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _PLAIN
+        return super().resolve(kind, value, (False, True))  # type: ignore[no-untyped-call]
 
 
 def parse_scalar(text: str) -> Any:
@@ -46,9 +48,9 @@ def parse_scalar(text: str) -> Any:
         return _BOOLS[text]
     if _INT.fullmatch(text):
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    if _FLOAT.fullmatch(text) or _INF_NAN.fullmatch(text):
-        return float(text.replace(".inf", "inf").replace(".nan", "nan") if _INF_NAN.fullmatch(text.lower()) else text)
-    return text
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return float(text.replace(".", "")) if _INF_NAN.fullmatch(text) else text
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
@@ -61,7 +63,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
         RecipeError: the file cannot be read, is not UTF-8 text, not one YAML mapping, or uses tags, equal keys or alias bombs.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as handle:
+            content = handle.read(MAX_BYTES + 1)
     except IsADirectoryError:
         raise RecipeError([Problem(str(path), "", "is a folder, not a recipe file")]) from None
     except OSError as error:
@@ -76,10 +79,11 @@ def parse_yaml(content: bytes, name: str) -> tuple[dict[str, Any], dict[Key, int
         node = yaml.compose(text, Loader=_RecipeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        what = f"not valid YAML: {error.problem or error.context or error}"
+        raise RecipeError([Problem(f"{name}:{line}", "", f"not valid YAML: {_words(error)}")]) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        what = f"not valid YAML: {str(error).splitlines()[0]}"
         raise RecipeError([Problem(f"{name}:{line}", "", what)]) from None
-    except yaml.YAMLError as error:
-        raise RecipeError([Problem(name, "", f"not valid YAML: {str(error).splitlines()[0]}")]) from None
     except RecursionError:
         raise RecipeError([Problem(name, "", "nested too deeply to be a recipe")]) from None
     if node is None:
@@ -93,9 +97,15 @@ def parse_yaml(content: bytes, name: str) -> tuple[dict[str, Any], dict[Key, int
     return data, reader.lines
 
 
+def _words(error: yaml.MarkedYAMLError) -> str:
+    if error.problem == "but found another document":
+        return "a recipe is one document; a second one starts here (`---`)"
+    return str(error.problem or error.context or error)
+
+
 def _decode(content: bytes, name: str) -> str:
     if len(content) > MAX_BYTES:
-        raise RecipeError([Problem(name, "", f"{len(content):,} bytes is no recipe; at most {MAX_BYTES:,} are read")])
+        raise RecipeError([Problem(name, "", f"is too large to be a recipe; at most {MAX_BYTES:,} bytes are read")])
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise RecipeError([Problem(name, "", "is UTF-16; save it as UTF-8")])
     try:
@@ -109,6 +119,10 @@ def _decode(content: bytes, name: str) -> str:
     return text
 
 
+def _is_merge(name: yaml.Node) -> bool:
+    return isinstance(name, yaml.ScalarNode) and name.value == "<<" and name.tag == _PLAIN
+
+
 class _NodeReader:
     """Turns YAML nodes into plain data, keeps the line of every key and collects what is wrong."""
 
@@ -117,17 +131,28 @@ class _NodeReader:
         self.lines: dict[Key, int] = {}
         self.problems: list[Problem] = []
         self.num_nodes = 0
+        self.depth = 0
 
     def read(self, node: yaml.Node, key: Key) -> Any:
+        """The value of a node that stands at `key`; None where a problem was noted."""
         self.num_nodes += 1
-        if self.num_nodes > MAX_NODES or len(key) > MAX_DEPTH:
+        self.depth += 1  # not the length of `key`, which stays the same while `<<` merges
+        if self.num_nodes > MAX_NODES or self.depth > MAX_DEPTH:
             what = f"expands to over {MAX_NODES:,} values or {MAX_DEPTH} levels (an alias bomb?); a recipe needs some hundred"
             raise RecipeError([*self.problems, Problem(self._where(node), "", what)])
         self.lines.setdefault(key, node.start_mark.line + 1)
-        if node.tag != _PLAIN and node.tag not in _CORE_TAGS:
-            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            self._report(node, key, f"the tag {tag} is not allowed; recipes hold plain values only")
-            return None
+        value = self._read(node, key) if self._has_core_tag(node, key) else None
+        self.depth -= 1
+        return value
+
+    def _has_core_tag(self, node: yaml.Node, key: Key) -> bool:
+        if node.tag == _PLAIN or node.tag in _CORE_TAGS:
+            return True
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        self._report(node, key, f"the tag {tag} is not allowed; recipes hold plain values only")
+        return False
+
+    def _read(self, node: yaml.Node, key: Key) -> Any:
         if isinstance(node, yaml.MappingNode):
             return self._read_mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
@@ -139,6 +164,8 @@ class _NodeReader:
             return parse_scalar(node.value)
         kind = node.tag.rpartition(":")[2]
         value = node.value if kind == "str" else parse_scalar(node.value)
+        if kind == "float" and type(value) is int:
+            value = float(value)
         if type(value).__name__ == kind or (kind == "null" and value is None):
             return value
         self._report(node, key, f"`{node.value}` is no {kind}")
@@ -148,13 +175,16 @@ class _NodeReader:
         data: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         first_line: dict[str, int] = {}
-        for name_node, value_node in node.value:
-            name = name_node.value
+        # Merged keys first, so that the lines of the keys that replace them win.
+        for name_node, value_node in sorted(node.value, key=lambda pair: not _is_merge(pair[0])):
+            if _is_merge(name_node):
+                merged |= self._read_merge(value_node, key)
+                continue
             if not isinstance(name_node, yaml.ScalarNode):
                 self._report(name_node, key, "a key must be a plain name")
                 continue
-            if name == "<<" and name_node.tag == _PLAIN:
-                merged |= self._read_merge(value_node, key)
+            name = name_node.value
+            if not self._has_core_tag(name_node, (*key, name)):
                 continue
             line = name_node.start_mark.line + 1
             if name in first_line:

@@ -46,8 +46,8 @@ class Task:
     runtime_module: str
 
     def can_read(self, columns: Sequence[str]) -> bool:
-        """Whether a format that yields these canonical columns feeds this task."""
-        return any(set(wanted) <= set(columns) for wanted in self.reads)
+        """Whether a format that yields these canonical columns feeds this task, with none of them left over."""
+        return any(set(wanted) == set(columns) for wanted in self.reads)
 
     def runtime(self, tokenizer: Any, settings: Encoding) -> Runtime:
         """The torch side of this task."""
@@ -91,7 +91,7 @@ class Example:
     num_tokens: int
 
 
-class TooLong(ValueError):
+class TooLong(ValueError):  # noqa: N818 - with `drop` it is no error
     """An example longer than max_length under `truncation: error`; holds its length in tokens."""
 
     def __init__(self, num_tokens: int) -> None:

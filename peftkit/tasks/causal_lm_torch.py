@@ -19,6 +19,13 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 
 
+def default_chat_template(tokenizer: Any) -> str:
+    """The template for a tokenizer without one; it starts with BOS where the tokenizer starts every text with it."""
+    first = tokenizer("a")["input_ids"][:1]
+    starts_with_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" * starts_with_bos + DEFAULT_CHAT_TEMPLATE
+
+
 class Runtime:
     """See `peftkit.tasks.base.Runtime`."""
 
@@ -33,7 +40,9 @@ class Runtime:
             ids, labels = self._prompt_completion(row, target)
         else:
             ids = self.tokenizer(row["text"])["input_ids"]
-            ids = strip_end(ids, self.tokenizer) if not target else [*strip_end(ids, self.tokenizer), self.tokenizer.eos_token_id]
+            ids = (
+                strip_end(ids, self.tokenizer) if not target else [*strip_end(ids, self.tokenizer), self.tokenizer.eos_token_id]
+            )
             labels = list(ids)
         if self.settings.train_on == "all":
             labels = list(ids)
@@ -107,7 +116,9 @@ class Runtime:
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits (B, T, V)."""
-        logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits: torch.Tensor = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
         return logits
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -15,7 +15,9 @@ from peftkit.tasks.base import IGNORE_INDEX, Example
 def pad(rows: Sequence[Sequence[int]], value: int, *, side: str = "right") -> torch.Tensor:
     """Rows of token ids as one tensor (B, T), filled with `value` on one side."""
     width = max(len(row) for row in rows)
-    filled = [[*row, *[value] * (width - len(row))] if side == "right" else [*[value] * (width - len(row)), *row] for row in rows]
+    filled = [
+        [*row, *[value] * (width - len(row))] if side == "right" else [*[value] * (width - len(row)), *row] for row in rows
+    ]
     return torch.tensor(filled, dtype=torch.long)
 
 
@@ -45,7 +47,9 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor, tokenizer: Any) -> 
     for row_logits, row_labels in zip(logits, labels, strict=True):
         wanted = row_labels != IGNORE_INDEX
         targets, guesses = row_labels[wanted], row_logits[wanted].argmax(-1)
-        loss = functional.cross_entropy(row_logits[wanted].float(), targets, reduction="sum") if len(targets) else torch.zeros(())
+        loss = (
+            functional.cross_entropy(row_logits[wanted].float(), targets, reduction="sum") if len(targets) else torch.zeros(())
+        )
         results.append(
             {
                 "loss_sum": float(loss),

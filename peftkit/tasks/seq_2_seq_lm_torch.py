@@ -21,7 +21,7 @@ class Runtime:
         """`max_length` holds for the prompt and for the completion, each."""
         prompt, completion = flat_messages(row["messages"]) if "messages" in row else (row["prompt"], row.get("completion", ""))
         ids = self.tokenizer(prompt)["input_ids"]
-        labels = self.tokenizer(text_target=completion)["input_ids"] if target else []
+        labels = self._answer(completion) if target else []
         num_tokens, limit = max(len(ids), len(labels)), self.settings.max_length
         if num_tokens > limit:
             if self.settings.truncation == "error":
@@ -31,6 +31,11 @@ class Runtime:
             cut = slice(-limit, None) if self.settings.truncation == "left" else slice(limit)
             ids, labels = ids[cut], labels[cut]
         return Example({"input_ids": ids}, labels, len(labels), origin, num_tokens)
+
+    def _answer(self, completion: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text_target=completion)["input_ids"]
+        # Without an end to learn, an answer would never stop; some tokenizers put a language code after it.
+        return ids if self.tokenizer.eos_token_id in ids else [*ids, self.tokenizer.eos_token_id]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded input_ids and attention_mask (B, S), labels (B, T)."""

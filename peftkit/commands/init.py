@@ -1,0 +1,24 @@
+"""`peftkit init`: a commented starter recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftkit import console
+from peftkit.errors import RecipeError
+from peftkit.methods import METHODS
+from peftkit.recipe.starter import starter_recipe
+from peftkit.run import write_text
+from peftkit.tasks import TASKS
+
+
+def init(path: Path, task: str, method: str, model: str | None, force: bool) -> None:
+    """Write a commented starter recipe."""
+    if task.upper() not in TASKS:
+        raise RecipeError(f"--task: no task is called `{task}`; there are: {', '.join(TASKS)}")
+    if method.lower() not in METHODS:
+        raise RecipeError(f"--method: no method is called `{method}`; there are: {', '.join(METHODS)}")
+    if path.exists() and not force:
+        raise RecipeError(f"{path} exists already; name another file, or add --force to replace it")
+    write_text(path, starter_recipe(TASKS[task.upper()], METHODS[method.lower()], model))
+    console.print_text(f"{path} written; put your rows into `data.train`, then: peftkit validate {path}")

