@@ -23,5 +23,5 @@ HEAD = Method(
     section=HeadSection,
     kind="head",
     learning_rate=1e-2,
-    learning_rate_source="ours: recipes/quickstart.yaml with `head` reaches 0.55 at 1e-3, 0.65 at 1e-2 and 0.70 at 1e-1 (validation)",
+    learning_rate_source="ours: recipes/quickstart.yaml with `head`: 0.55 at 1e-3, 0.65 at 1e-2, 0.70 at 1e-1 (validation)",
 )

@@ -185,7 +185,7 @@ def test_methods_lists_every_method_with_its_learning_rate(cli: Cli) -> None:
     text = cli("methods").out
     assert all(name in text for name in METHODS)
     found = cli("methods", "--json").json
-    assert {item["name"]: item["learning_rate"] for item in found} == {"lora": 2e-4, "full": 5e-5, "head": 1e-3}
+    assert {item["name"]: item["learning_rate"] for item in found} == {"lora": 2e-4, "full": 5e-5, "head": 1e-2}
     assert all(item["tasks"] == list(TASKS) for item in found)
 
 

@@ -78,7 +78,7 @@ def test_the_micro_batch_is_a_share_of_the_batch_and_at_most_8(
     [
         ("adapter.method=lora", 2e-4),
         ("adapter.method=full", 5e-5),
-        ("adapter.method=head", 1e-3),
+        ("adapter.method=head", 1e-2),
         ("training.learning_rate=3", 3.0),
     ],
 )
