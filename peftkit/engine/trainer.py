@@ -224,11 +224,15 @@ class Trainer:
     def _publish(self, line: dict[str, Any], prefix: str = "train") -> None:
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
-            self.run.write_status("training", step=line["step"], total_steps=self.total_steps)
+        self._write_status()
         numbers = {
             f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float) and name != "step"
         }
         self.accelerator.log(numbers, step=line["step"])
+
+    def _write_status(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run.write_status("training", step=self.progress.step, total_steps=self.total_steps)
 
     def _after_step(self) -> None:
         training, step = self.plan.recipe.training, self.progress.step
@@ -241,6 +245,7 @@ class Trainer:
         signal_number = self._agreed_signal()
         if due or signal_number or step == self.total_steps or self.progress.stopped_early:
             save_checkpoint(self.run, self.model, self.parts, self.progress, training.save_total_limit)
+            self._write_status()
         if signal_number and step < self.total_steps:
             code = 130 if signal_number == signal.SIGINT else 75
             raise Stopped(f"stopped after step {step} of {self.total_steps}; `--resume --output {self.run.dir}` goes on", code)

@@ -56,8 +56,6 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     },
     "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "gpt_neox": SMALL,
-    "gpt2": CLASSIFIERS["gpt2"][0],
-    "llama": GQA,
 }
 MT5_LARGE = {
     "model_type": "mt5", "d_ff": 2816, "d_kv": 64, "d_model": 1024, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 16,
@@ -364,7 +362,6 @@ def test_the_plan_counts_rows_tokens_and_memory(cli: Any, write_recipe: Any, lm_
     assert memory["optimizer"] == 8 * found["trainable_params"]
     assert found["num_steps"] == 6
     assert 0 < found["target_tokens_per_epoch"] < found["tokens_per_epoch"]
-    assert found["problems"] == []
 
 
 def test_the_plan_for_people_names_the_choices(cli: Any, write_recipe: Any, lm_recipe: Any) -> None:

@@ -91,9 +91,9 @@ def test_sigterm_writes_a_checkpoint_and_exits_75(whole: Any, tmp_path: Path) ->
     code, message = interrupt(recipe, tmp_path / "run", signal.SIGTERM)
     assert code == 75
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("stopped", 75)
-    newest = max((tmp_path / "run/checkpoints").glob("step-*")).name
-    assert f"stopped after step {int(newest[5:])} of {STEPS}; `--resume --output {tmp_path / 'run'}` goes on" in message
+    newest = int(max((tmp_path / "run/checkpoints").glob("step-*")).name[5:])
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 75, newest)
+    assert f"stopped after step {newest} of {STEPS}; `--resume --output {tmp_path / 'run'}` goes on" in message
     train(recipe, tmp_path / "run", "--resume")
     assert numbers_of(tmp_path / "run") == numbers_of(expected)
 
