@@ -120,7 +120,9 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
 
     loaded = load_recipe(recipe, overrides or [])
     if (processes is not None or launch is not None) and not launcher.is_worker():
-        launcher.launch(processes, launch, launcher.worker_arguments(loaded, output, resume, as_json))
+        run_dir = launcher.worker_run_dir(loaded, output, resume)
+        arguments = launcher.worker_arguments(loaded, run_dir, resume, as_json)
+        raise typer.Exit(launcher.launch(processes, launch, run_dir, arguments))
     from peftkit.commands import train as command
 
     with loaded.located():

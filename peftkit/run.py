@@ -21,7 +21,7 @@ import yaml
 
 from peftkit.errors import LoadError, RecipeError, ResourceError
 from peftkit.plan import Plan
-from peftkit.recipe import LoadedRecipe
+from peftkit.recipe import LoadedRecipe, Recipe
 from peftkit.recipe.paths import absolute_path
 from peftkit.recipe.yaml_file import parse_scalar
 
@@ -124,7 +124,7 @@ class Run:
         Raises:
             RecipeError: there is none, it has ended, or its recipe is another one.
         """
-        run = cls(output) if output is not None else _newest_unfinished(plan)
+        run = cls(output) if output is not None else newest_unfinished(plan.recipe)
         if run is None or not run.resolved_path.is_file():
             where = output or f"{plan.recipe.output.dir}/{plan.recipe.name}-*"
             raise RecipeError(f"--resume: {where} is no run to continue; leave --resume out to start one")
@@ -229,10 +229,11 @@ def _first_free(base: Path) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def _newest_unfinished(plan: Plan) -> Run | None:
+def newest_unfinished(recipe: Recipe) -> Run | None:
+    """The run of this recipe that was written to last and has not ended, or None."""
     # `base-large-20250101-120000` is no run of the recipe `base`.
-    of_recipe = re.compile(rf"{re.escape(str(plan.recipe.name))}-\d{{8}}-\d{{6}}(-\d+)?")
-    folders = Path(plan.recipe.output.dir).glob(f"{plan.recipe.name}-*")
+    of_recipe = re.compile(rf"{re.escape(str(recipe.name))}-\d{{8}}-\d{{6}}(-\d+)?")
+    folders = Path(recipe.output.dir).glob(f"{recipe.name}-*")
     runs = [Run(path) for path in folders if path.is_dir() and of_recipe.fullmatch(path.name)]
     open_runs = [run for run in runs if run.read_status().get("state") not in ("done", None)]
     return max(open_runs, key=lambda run: run.status_path.stat().st_mtime, default=None)

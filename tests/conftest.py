@@ -17,10 +17,55 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = (
-    "the cat sat on a mat and saw two red birds in an old tree while seven small dogs ran home because it was late "
-    "how many apples are left if tom has three and buys four more then he eats one good bad great poor film"
-).split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "two",
+    "red",
+    "birds",
+    "in",
+    "an",
+    "old",
+    "tree",
+    "while",
+    "seven",
+    "small",
+    "dogs",
+    "ran",
+    "home",
+    "because",
+    "it",
+    "was",
+    "late",
+    "how",
+    "many",
+    "apples",
+    "are",
+    "left",
+    "if",
+    "tom",
+    "has",
+    "three",
+    "and",
+    "buys",
+    "four",
+    "more",
+    "then",
+    "he",
+    "eats",
+    "one",
+    "good",
+    "bad",
+    "great",
+    "poor",
+    "film",
+]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -41,7 +86,7 @@ class Result:
         return json.loads(self.out)
 
 
-@pytest.fixture()
+@pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run `peftkit ARGS` in this process: `cli("train", recipe, "--json")`."""
 
@@ -61,7 +106,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
     return run
 
 
-@pytest.fixture()
+@pytest.fixture
 def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     """Write a recipe from a mapping (or text) into the test's folder: `write_recipe({...}, name="r.yaml")`."""
 
@@ -94,7 +139,9 @@ def label_rows(count: int) -> list[dict[str, str]]:
     for index in range(count):
         good = index % 2 == 0
         words = [WORDS[(index * 5 + step * 11) % (len(WORDS) - 6)] for step in range(2 + index % 5)]
-        rows.append({"text": " ".join([*words, "good great" if good else "bad poor", "film"]), "label": "pos" if good else "neg"})
+        rows.append(
+            {"text": " ".join([*words, "good great" if good else "bad poor", "film"]), "label": "pos" if good else "neg"}
+        )
     return rows
 
 
@@ -164,7 +211,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
     return tokenizer
 
 
-@pytest.fixture()
+@pytest.fixture
 def lm_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
     """A CAUSAL_LM recipe on the tiny Llama, as a mapping to change and write."""
     train = write_jsonl(tmp_path / "train.jsonl", instruction_rows(22))
@@ -178,7 +225,7 @@ def lm_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture()
+@pytest.fixture
 def cls_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
     """A SEQ_CLS recipe on the tiny BERT, as a mapping to change and write."""
     train = write_jsonl(tmp_path / "labels.jsonl", label_rows(24))
@@ -191,7 +238,7 @@ def cls_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture()
+@pytest.fixture
 def s2s_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
     """A SEQ_2_SEQ_LM recipe on the tiny T5, as a mapping to change and write."""
     rows = [{"source": row["instruction"], "target": row["output"]} for row in instruction_rows(20)]

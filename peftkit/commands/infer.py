@@ -84,7 +84,7 @@ def _reply(loaded: LoadedAdapter, text: str, history: list[dict[str, str]], sett
         answer = next(answer_rows(loaded, [("input", row)], settings, 1))
         console.print_text(f"{answer['prediction']} ({answer['probabilities'][answer['prediction']]:.1%})")
         return str(answer["prediction"])
-    examples = encode_rows(loaded.runtime, [("input", row)], "the chat", target=False)
+    examples = encode_rows(loaded.prompts, [("input", row)], "the chat", target=False)
     answers = generate(loaded, list(islice(examples, 1)), settings, console.print_part)
     console.print_text("")
     return answers[0]

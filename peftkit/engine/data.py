@@ -186,10 +186,9 @@ def encode_rows(runtime: Runtime, rows: Sequence[Numbered], split: str, *, targe
         raise DataError(_many(f"rows of {split} that cannot be used", bad))
     if too_long:
         longest = max(too_long)[0]
-        heading = (
-            f"rows of {split} longer than `data.max_length` ({runtime.settings.max_length} tokens; {longest} would fit them "
-            "all; `data.truncation` left, right or drop would cut or leave them out)"
-        )
+        heading = f"rows of {split} longer than {runtime.settings.max_length} tokens"
+        if target:
+            heading += f" (`data.max_length`; {longest} would fit them all, `data.truncation` left, right or drop would cut or leave them out)"
         raise DataError(_many(heading, [f"{origin}: {length} tokens" for length, origin in too_long]))
     if not examples:
         raise DataError(f"no row of {split} is left: `truncation: drop` dropped all {len(rows)}")

@@ -78,7 +78,7 @@ def answer_rows(
         batch_size: rows per forward pass.
         on_batch: told how many rows are done.
     """
-    examples = encode_rows(loaded.runtime, rows, "the input", target=False)
+    examples = encode_rows(loaded.prompts, rows, "the input", target=False)
     if len(examples) != len(rows):
         raise DataError(f"{len(rows) - len(examples)} rows are longer than {loaded.runtime.settings.max_length} tokens")
     if not loaded.task.generates:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peftkit.engine.model import load_base_model, read_tokenizer, set_pad_token
+from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.store import AdapterFacts, load_into, read_facts
 from peftkit.errors import LoadError
 from peftkit.tasks import TASKS
@@ -41,6 +43,15 @@ class LoadedAdapter:
     def task(self) -> Task:
         """The task's facts."""
         return TASKS[self.facts.task]
+
+    @property
+    def prompts(self) -> Runtime:
+        """The runtime for prompts: bound by the model's positions, not by training's max_length, and none is cut in silence."""
+        if not self.task.generates:
+            return self.runtime
+        limit = position_limit(self.model.config, self.runtime.tokenizer) or sys.maxsize
+        settings = dataclasses.replace(self.runtime.settings, max_length=limit, truncation="error")
+        return self.task.runtime(self.runtime.tokenizer, settings)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -93,5 +104,6 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
         raise LoadError(f"the base of the adapter {folder}: {error}; where it has moved, name it with --base") from error
     set_pad_token(model, tokenizer)
     adapted: Any = load_into(model, folder, facts.method, missing)
+    torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
     device = Accelerator().device
     return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)

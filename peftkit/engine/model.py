@@ -112,7 +112,7 @@ def load_tokenizer(plan: Plan) -> Any:
     if plan.recipe.model.chat_template is not None:
         file = find_path(plan.recipe.model.chat_template, plan.recipe_dir)
         tokenizer.chat_template = file.read_text(encoding="utf-8") if file else None
-    elif plan.task.generates and not tokenizer.chat_template:
+    elif plan.task.uses_chat_template and not tokenizer.chat_template:
         tokenizer.chat_template = default_chat_template(tokenizer)
     return tokenizer
 

@@ -196,7 +196,7 @@ def _task(recipe: Recipe) -> Iterator[Finding]:
     if not generation.do_sample:
         for name in written(generation, "temperature", "top_p", "top_k"):
             yield f"generation.{name}", "has no effect without `do_sample: true`", 2
-    if recipe.model.chat_template is not None and not task.generates:
+    if recipe.model.chat_template is not None and not task.uses_chat_template:
         yield "model.chat_template", f"has no effect for {task.name}", 2
 
 

@@ -29,6 +29,7 @@ class Task:
         metrics: metric name -> whether more of it is better.
         default_metric: what decides on the best adapter.
         generates: whether its answers are generated text.
+        uses_chat_template: whether messages are rendered by the tokenizer's chat template.
         has_labels: whether it maps names of classes to numbers.
         train_on: allowed values of `data.train_on`; empty where it would have no effect.
         runtime_module: module with `Runtime`, imported when tensors are needed.
@@ -41,6 +42,7 @@ class Task:
     metrics: Mapping[str, bool]
     default_metric: str
     generates: bool
+    uses_chat_template: bool
     has_labels: bool
     train_on: tuple[str, ...]
     runtime_module: str

@@ -12,6 +12,7 @@ CAUSAL_LM = Task(
     metrics=LANGUAGE_METRICS,
     default_metric="loss",
     generates=True,
+    uses_chat_template=True,
     has_labels=False,
     train_on=("completion", "all"),
     runtime_module="peftkit.tasks.causal_lm_torch",

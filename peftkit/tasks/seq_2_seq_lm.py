@@ -11,6 +11,7 @@ SEQ_2_SEQ_LM = Task(
     metrics=LANGUAGE_METRICS,
     default_metric="loss",
     generates=True,
+    uses_chat_template=False,
     has_labels=False,
     train_on=(),
     runtime_module="peftkit.tasks.seq_2_seq_lm_torch",

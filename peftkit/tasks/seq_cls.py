@@ -10,6 +10,7 @@ SEQ_CLS = Task(
     metrics={"loss": False, "accuracy": True, "f1_macro": True, "f1_weighted": True, "mcc": True},
     default_metric="accuracy",
     generates=False,
+    uses_chat_template=False,
     has_labels=True,
     train_on=(),
     runtime_module="peftkit.tasks.seq_cls_torch",

@@ -186,7 +186,7 @@ def test_a_row_that_is_too_long_is_named_with_the_length_that_fits(
         ]
     )
     assert f"long.jsonl:4: {num_tokens} tokens" in first.err
-    assert f"`data.max_length` (8 tokens; {num_tokens} would fit them all" in first.err
+    assert f"longer than 8 tokens (`data.max_length`; {num_tokens} would fit them all" in first.err
     assert cli("plan", write_recipe(recipe), "--set", f"data.max_length={num_tokens}").code == 0
     assert cli("plan", write_recipe(recipe), "--set", f"data.max_length={num_tokens - 1}").code == 3
 

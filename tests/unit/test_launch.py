@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 from peftkit.errors import RecipeError
-from peftkit.launch import WORKER_MARK, is_worker, launch, launch_command, worker_arguments
+from peftkit.launch import (
+    WORKER_MARK,
+    is_worker,
+    launch,
+    launch_command,
+    worker_arguments,
+    worker_run_dir,
+    write_launch_file,
+)
+from peftkit.run import Run
 from tests.unit.conftest import Load
 
 
@@ -24,25 +33,34 @@ def test_the_number_of_processes_is_left_to_the_launch_file_unless_stated() -> N
     assert "--num_processes" not in launch_command(None, Path("configs/x.yaml"), [])
 
 
-def test_without_a_launch_file_one_is_written_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launch_file_of_this_machine_is_gloo_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PEFTKIT_DEVICE", "cpu")
-    path = Path(launch_command(2, None, [])[4])
-    facts = yaml.safe_load(path.read_text())
-    path.unlink()
+    facts = yaml.safe_load(write_launch_file(tmp_path / "launch.yaml").read_text())
     assert (facts["distributed_type"], facts["use_cpu"], facts["main_process_port"]) == ("MULTI_GPU", True, 0)
 
 
 def test_the_workers_share_one_run_directory_and_all_overrides(load: Load, recipe: dict[str, Any], tmp_path: Path) -> None:
     loaded = load(recipe, "training.seed=1", "output.dir=elsewhere")
-    arguments = worker_arguments(loaded, None, False, True)
+    run_dir = worker_run_dir(loaded, None, False)
+    arguments = worker_arguments(loaded, run_dir, False, True)
     assert arguments[:6] == ["train", str(loaded.path), "--set", "training.seed=1", "--set", "output.dir=elsewhere"]
-    assert (arguments[6], arguments[7].startswith("elsewhere/recipe-2"), arguments[8:]) == ("--output", True, ["--json"])
+    assert (arguments[6:], str(run_dir).startswith("elsewhere/recipe-2")) == (["--output", str(run_dir), "--json"], True)
 
 
-def test_a_resumed_run_is_found_by_the_workers_themselves(load: Load, recipe: dict[str, Any]) -> None:
-    loaded = load(recipe)
-    assert worker_arguments(loaded, None, True, False) == ["train", str(loaded.path), "--resume"]
-    assert worker_arguments(loaded, Path("run"), True, False)[2:] == ["--output", "run", "--resume"]
+def test_a_resumed_run_is_the_one_named_or_the_newest_unfinished(load: Load, recipe: dict[str, Any], tmp_path: Path) -> None:
+    loaded = load(recipe, f"output.dir={tmp_path}")
+    run = Run(tmp_path / "recipe-20250101-120000")
+    run.dir.mkdir()
+    run.write_status("failed")
+    assert worker_run_dir(loaded, None, True) == run.dir
+    assert worker_run_dir(loaded, Path("run"), True) == Path("run")
+    assert worker_arguments(loaded, run.dir, True, False)[2:] == [
+        "--set",
+        f"output.dir={tmp_path}",
+        "--output",
+        str(run.dir),
+        "--resume",
+    ]
 
 
 def test_a_worker_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,4 +80,4 @@ def test_a_worker_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_cannot_be_launched_is_refused(processes: int | None, config: Path | None, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        launch(processes, config, [])
+        launch(processes, config, Path("run"), [])
