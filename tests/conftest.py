@@ -17,55 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "two",
-    "red",
-    "birds",
-    "in",
-    "an",
-    "old",
-    "tree",
-    "while",
-    "seven",
-    "small",
-    "dogs",
-    "ran",
-    "home",
-    "because",
-    "it",
-    "was",
-    "late",
-    "how",
-    "many",
-    "apples",
-    "are",
-    "left",
-    "if",
-    "tom",
-    "has",
-    "three",
-    "and",
-    "buys",
-    "four",
-    "more",
-    "then",
-    "he",
-    "eats",
-    "one",
-    "good",
-    "bad",
-    "great",
-    "poor",
-    "film",
-]
+_SENTENCES = """
+the cat sat on a mat and saw two red birds in an old tree while seven small dogs ran home because it was late
+how many apples are left if tom has three and buys four more then he eats one good bad great poor film
+"""
+WORDS = _SENTENCES.split()
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -165,7 +121,8 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gpt2": (
             "GPT2LMHeadModel",
             transformers.GPT2Config(
-                vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0,
+                attn_pdrop=0.0,
                 **common,
             ),
         ),

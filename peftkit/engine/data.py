@@ -188,7 +188,8 @@ def encode_rows(runtime: Runtime, rows: Sequence[Numbered], split: str, *, targe
         longest = max(too_long)[0]
         heading = f"rows of {split} longer than {runtime.settings.max_length} tokens"
         if target:
-            heading += f" (`data.max_length`; {longest} would fit them all, `data.truncation` left, right or drop would cut or leave them out)"
+            remedy = "`data.truncation` left, right or drop would cut or leave them out"
+            heading += f" (`data.max_length`; {longest} would fit them all, {remedy})"
         raise DataError(_many(heading, [f"{origin}: {length} tokens" for length, origin in too_long]))
     if not examples:
         raise DataError(f"no row of {split} is left: `truncation: drop` dropped all {len(rows)}")

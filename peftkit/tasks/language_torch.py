@@ -52,7 +52,7 @@ def score_tokens(logits: torch.Tensor, labels: torch.Tensor, tokenizer: Any) -> 
         )
         results.append(
             {
-                "loss_sum": float(loss),
+                "loss_sum": float(loss.detach()),
                 "num_targets": int(wanted.sum()),
                 "num_correct": int((guesses == targets).sum()),
                 "next_token_prediction": tokenizer.decode(guesses, skip_special_tokens=True),
