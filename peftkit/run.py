@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 import uuid
@@ -291,9 +292,21 @@ def environment(plan: Plan, fingerprints: dict[str, str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": plan.hardware.device_name,
         "num_processes": plan.hardware.num_processes,
+        "git_commit": _git_commit(plan.recipe_dir),
         "argv": [_without_secret(argument) for argument in sys.argv],
         "fingerprints": fingerprints,
     }
+
+
+def _git_commit(folder: Path) -> str | None:
+    """The commit that the recipe's folder is at; None outside a repository or without git."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
 
 
 def _version(name: str) -> str | None:

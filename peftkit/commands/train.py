@@ -9,13 +9,21 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.adapter import attach_adapter
-from peftkit.engine.blueprint import draw_blueprint
+from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
 from peftkit.engine.data import Data, load_data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.guard import explain_exhaustion
 from peftkit.engine.hardware import detect_hardware, peak_memory_bytes, process_index, start_accelerator
-from peftkit.engine.model import base_of, load_base_model, load_config, load_tokenizer, position_limit, set_pad_token
+from peftkit.engine.model import (
+    base_of,
+    load_base_model,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+    position_limit,
+    set_pad_token,
+)
 from peftkit.engine.store import facts_of, initial_state, save_adapter, write_model_card
 from peftkit.engine.trainer import Trainer
 from peftkit.errors import PeftkitError
@@ -32,21 +40,26 @@ def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, 
     blueprint = draw_blueprint(plan, len(data.encoding.labels))
     run = open_run(loaded, plan, output, resume)
     reporter = console.reporter(process_index(), run.log)
-    for note in blueprint.notes:
-        reporter.note(f"note: {note}")
-    reporter.note(f"run directory: {run.dir}")
-    reporter.note(
-        f"trainable params: {blueprint.trainable_params} of {blueprint.all_params} ({blueprint.trainable_percent:.4f}%)"
-    )
-    if process_index() == 0:
-        write_json(run.environment_path, environment(plan, fingerprints(data)))
-        run.write_status("training", step=0)
     try:
         with explain_exhaustion(plan, data):
+            if process_index() == 0:
+                facts = fingerprints(data) | {"model": model_fingerprint(base_of(plan), blueprint.config)}
+                write_json(run.environment_path, environment(plan, facts))
+                run.write_status("training", step=0)
+            _announce(reporter, run, blueprint)
             return _train_in(run, plan, tokenizer, data, reporter)
     except BaseException as error:
         _record_failure(run, error)
         raise
+
+
+def _announce(reporter: console.LineReporter, run: Run, blueprint: Blueprint) -> None:
+    """Say where the run goes and what it trains."""
+    for note in blueprint.notes:
+        reporter.note(f"note: {note}")
+    reporter.note(f"run directory: {run.dir}")
+    share = f"{blueprint.trainable_percent:.4f}%"
+    reporter.note(f"trainable params: {blueprint.trainable_params} of {blueprint.all_params} ({share})")
 
 
 def _record_failure(run: Run, error: BaseException) -> None:

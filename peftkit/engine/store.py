@@ -157,7 +157,7 @@ def as_plain_lora(
     """A LoRA whose initialisation changed the base, as a LoRA of twice the rank for the unchanged base.
 
     Training starts at W = W_res + s B0 A0 and ends at W_res + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
-    (PiSSA, Meng et al. 2024, arXiv:2404.02948, appendix C).
+    (the conversion that PiSSA describes, Meng et al. 2024, arXiv:2404.02948).
     """
     result = dict(state)
     for name, tensor in state.items():
