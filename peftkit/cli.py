@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -217,20 +217,32 @@ def main() -> None:
 
     try:
         app(prog_name="peftkit")
+    except SystemExit as error:
+        _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PeftkitError as error:
         _fail(f"peftkit: error (exit {error.exit_code})", str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("peftkit", "interrupted", 130)
-    except BrokenPipeError:
-        sys.exit(0)
     except Exception as error:
         _fail("peftkit: a bug of ours (exit 1)", _bug_report(error), 1)
 
 
-def _fail(title: str, text: str, code: int) -> Any:
+def _fail(title: str, text: str, code: int) -> None:
     from peftkit import console
 
     console.print_error(title, text)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """End this process; a launched worker without freeing what it holds, see `peftkit.engine.hardware`."""
+    if "torch" in sys.modules:
+        from peftkit.launch import is_worker
+
+        if is_worker():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
 
 

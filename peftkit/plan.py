@@ -115,9 +115,8 @@ def make_plan(loaded: LoadedRecipe, hardware: Hardware) -> Plan:
         choices.append(Choice("training.micro_batch_size", micro, reason))
     rate = training.learning_rate
     if rate == "auto":
-        method = METHODS[recipe.adapter.method]
-        rate = method.learning_rate
-        choices.append(Choice("training.learning_rate", rate, method.learning_rate_source))
+        rate, source = METHODS[recipe.adapter.method].learning_rate_for(recipe.task)
+        choices.append(Choice("training.learning_rate", rate, source))
     return Plan(recipe, loaded.path.parent, hardware, dtype, precision, micro, rate, tuple(choices))  # type: ignore[arg-type]
 
 

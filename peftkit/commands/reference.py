@@ -28,7 +28,8 @@ def list_methods(name: str | None, as_json: bool) -> None:
     else:
         item = described[0]
         console.print_text(f"{item['name']}: {item['summary']}")
-        console.print_text(f"learning rate: {item['learning_rate']:g} ({item['learning_rate_source']})")
+        for task, rate in item["learning_rates"].items():
+            console.print_text(f"learning rate for {task}: {rate['value']:g} ({rate['source']})")
         fields = [
             (f["name"], f["type"], "" if f["required"] else _yaml(f["default"]), f["description"]) for f in item["fields"]
         ]
@@ -46,7 +47,7 @@ def _describe(name: str) -> dict[str, Any]:
         "name": name,
         "summary": method.summary,
         "learning_rate": method.learning_rate,
-        "learning_rate_source": method.learning_rate_source,
+        "learning_rates": {task: dict(zip(("value", "source"), method.learning_rate_for(task), strict=True)) for task in TASKS},
         "mergeable": not method.not_mergeable,
         "peft_config": method.peft_config,
         "tasks": list(TASKS),

@@ -29,6 +29,11 @@ def detect_hardware() -> Hardware:
     return Hardware("cpu", "the CPU", True, memory, num_processes)
 
 
+# Accelerators of launched runs, with the models that they wrapped: freeing DDP's reducer while holding the GIL can wait for
+# ever for gloo's thread, which waits for the GIL (seen with torch 2.13). The command line ends such a process without freeing.
+_KEPT: list[Accelerator] = []
+
+
 def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     """Devices, processes, autocast and trackers of a run."""
     trackers = plan.recipe.output.report_to
@@ -40,6 +45,8 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
         log_with=list(trackers) or None,
         project_dir=str(run.dir),
     )
+    if accelerator.num_processes > 1:
+        _KEPT.append(accelerator)
     if trackers:
         accelerator.init_trackers(
             plan.recipe.name or "peftkit", config={"recipe": run.resolved_path.read_text(encoding="utf-8")}

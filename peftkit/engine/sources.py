@@ -78,7 +78,7 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
                     raise DataError(f"{origin}: has another number of columns than the header ({len(reader.fieldnames or [])})")
                 yield origin, dict(row)
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+            raise DataError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Numbered]:

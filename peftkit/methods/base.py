@@ -21,6 +21,7 @@ class Method:
         peft_config: class name in `peft`, for kind `peft`.
         learning_rate: what `training.learning_rate: auto` becomes.
         learning_rate_source: where that figure comes from.
+        task_learning_rates: task -> (rate, source) where a task wants another one.
         left_out: PEFT fields that a recipe cannot state, each with the reason.
         other_defaults: fields whose default differs from PEFT's, each with the reason.
         check: yields (field, sentence) for settings that cannot work together.
@@ -35,12 +36,17 @@ class Method:
     learning_rate: float
     learning_rate_source: str
     peft_config: str = ""
+    task_learning_rates: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     other_defaults: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Any], Iterator[tuple[str, str]]] = lambda section: iter(())
     not_mergeable: str = ""
     not_mergeable_with: Callable[[Any], str] = lambda section: ""
     changes_base: Callable[[Any], bool] = lambda section: False
+
+    def learning_rate_for(self, task: str) -> tuple[float, str]:
+        """The default learning rate for a task, and its source."""
+        return self.task_learning_rates.get(task, (self.learning_rate, self.learning_rate_source))
 
     def peft_fields(self, section: Section) -> dict[str, Any]:
         """The keyword arguments for the PEFT config class, plain values only."""

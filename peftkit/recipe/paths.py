@@ -52,4 +52,4 @@ def find_files(pattern: str, recipe_dir: Path) -> list[Path]:
 
 def places_text(recipe_dir: Path) -> str:
     """The folders that relative paths are looked up in, for messages."""
-    return f"`{recipe_dir.resolve()}` and `{Path.cwd()}`"
+    return " and ".join(f"`{folder}`" for folder in dict.fromkeys((recipe_dir.resolve(), Path.cwd())))

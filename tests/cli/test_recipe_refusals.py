@@ -198,7 +198,7 @@ def test_one_method_is_shown_with_fields_defaults_and_what_is_left_out(cli: Cli)
     }  # fmt: skip
     assert found["left_out"]["loftq_config"] == "it quantises the base itself; needs CUDA"
     text = cli("methods", "lora").out
-    assert all(word in text for word in ("learning rate: 0.0002", "lora_alpha", "loftq_config"))
+    assert all(word in text for word in ("learning rate for CAUSAL_LM: 0.0002", "lora_alpha", "loftq_config"))
     assert re.search(r"│ use_dora +│ true or false +│ false", text)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from peftkit.errors import RecipeError
+from peftkit.methods import METHODS
 from peftkit.plan import Hardware, Plan, make_plan, num_steps, steps_per_epoch, warmup_steps
 from peftkit.recipe import load_recipe
 from peftkit.run import resolved_yaml
@@ -234,3 +235,8 @@ def test_the_resolved_recipe_states_every_decision_and_absolute_paths(plan_for: 
     assert (resolved.data.train.path, resolved.data.test.path) == (f"{tmp_path}/train.jsonl", f"{tmp_path}/*.jsonl")
     training = resolved.training
     assert (training.learning_rate, training.micro_batch_size, training.max_grad_norm) == (2e-4, 8, None)
+
+
+def test_a_classifier_wants_a_higher_learning_rate_of_lora_than_a_language_model() -> None:
+    rates = {task: METHODS["lora"].learning_rate_for(task)[0] for task in ("CAUSAL_LM", "SEQ_CLS")}
+    assert rates == {"CAUSAL_LM": 2e-4, "SEQ_CLS": 1e-3}
