@@ -237,11 +237,11 @@ def _fail(title: str, text: str, code: int) -> None:
 def _leave(code: int) -> None:
     """End this process; a launched worker without freeing what it holds, see `peftkit.engine.hardware`."""
     if "torch" in sys.modules:
+        from peftkit import console
         from peftkit.launch import is_worker
 
         if is_worker():
-            sys.stdout.flush()
-            sys.stderr.flush()
+            console.flush()
             os._exit(code)
     sys.exit(code)
 

@@ -37,6 +37,12 @@ def print_json(data: Any) -> None:
     print_text(json.dumps(data, ensure_ascii=False))
 
 
+def flush() -> None:
+    """Write out what is buffered."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
 def print_note(text: str) -> None:
     """Something to know, on stderr."""
     err.print(Text(text))
