@@ -28,6 +28,13 @@ CHATML = (
 )
 
 
+ROWS: dict[str, dict[str, Any]] = {
+    "CAUSAL_LM": {"instruction": "hello", "output": "hi"},
+    "SEQ_2_SEQ_LM": {"source": "hello", "target": "hi"},
+    "SEQ_CLS": {"text": "hello", "label": "greeting"},
+}
+
+
 @dataclass
 class Result:
     """What a command line call gave."""
@@ -72,6 +79,18 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """A valid recipe as a mapping; its model is a name on the hub, which validation does not look up."""
+    write_jsonl(tmp_path / "train.jsonl", [ROWS["CAUSAL_LM"]])
+    return {
+        "task": "CAUSAL_LM",
+        "model": {"name_or_path": "owner/name"},
+        "adapter": {"method": "lora", "r": 4},
+        "data": {"train": "train.jsonl", "validation": 0.1},
+    }
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -168,43 +187,34 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
     return tokenizer
 
 
+def tiny_recipe(task: str, model: Path, train: Path, max_length: int) -> dict[str, Any]:
+    """A recipe of six steps on a tiny model, as a mapping to change and write."""
+    recipe: dict[str, Any] = {
+        "task": task,
+        "model": {"name_or_path": str(model)},
+        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
+        "data": {"train": str(train), "max_length": max_length},
+        "training": {"learning_rate": 0.01, "max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "logging_steps": 1},
+    }
+    return recipe | ({} if task == "SEQ_CLS" else {"generation": {"max_new_tokens": 8}})
+
+
 @pytest.fixture
 def lm_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
-    """A CAUSAL_LM recipe on the tiny Llama, as a mapping to change and write."""
+    """A CAUSAL_LM recipe on the tiny Llama."""
     train = write_jsonl(tmp_path / "train.jsonl", instruction_rows(22))
-    return {
-        "task": "CAUSAL_LM",
-        "model": {"name_or_path": str(models_dir / "llama")},
-        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
-        "data": {"train": str(train), "max_length": 128},
-        "training": {"learning_rate": 0.01, "max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "logging_steps": 1},
-        "generation": {"max_new_tokens": 8},
-    }
+    return tiny_recipe("CAUSAL_LM", models_dir / "llama", train, 128)
 
 
 @pytest.fixture
 def cls_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
-    """A SEQ_CLS recipe on the tiny BERT, as a mapping to change and write."""
+    """A SEQ_CLS recipe on the tiny BERT."""
     train = write_jsonl(tmp_path / "labels.jsonl", label_rows(24))
-    return {
-        "task": "SEQ_CLS",
-        "model": {"name_or_path": str(models_dir / "bert")},
-        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
-        "data": {"train": str(train), "max_length": 48},
-        "training": {"learning_rate": 0.01, "max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "logging_steps": 1},
-    }
+    return tiny_recipe("SEQ_CLS", models_dir / "bert", train, 48)
 
 
 @pytest.fixture
 def s2s_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
-    """A SEQ_2_SEQ_LM recipe on the tiny T5, as a mapping to change and write."""
+    """A SEQ_2_SEQ_LM recipe on the tiny T5."""
     rows = [{"source": row["instruction"], "target": row["output"]} for row in instruction_rows(20)]
-    train = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    return {
-        "task": "SEQ_2_SEQ_LM",
-        "model": {"name_or_path": str(models_dir / "t5")},
-        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
-        "data": {"train": str(train), "max_length": 64},
-        "training": {"learning_rate": 0.01, "max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "logging_steps": 1},
-        "generation": {"max_new_tokens": 8},
-    }
+    return tiny_recipe("SEQ_2_SEQ_LM", models_dir / "t5", write_jsonl(tmp_path / "pairs.jsonl", rows), 64)

@@ -21,9 +21,11 @@ SPLITS = ("test", "validation")
 
 def evaluate(path: Path, data: Path | None, base: str | None, predictions: Path | None, batch_size: int) -> dict[str, Any]:
     """Evaluate on `data`, or on the run's own test (or validation) rows; returns what `--json` prints."""
-    own = None if data is not None else _own_split(path)
+    split, source, draw = _own_split(path) if data is None else ("data", SourceSection(path=str(data.absolute())), None)
     loaded = load_adapter(path, base)
-    split, rows = _own_rows(loaded, *own) if own else ("data", _rows(loaded, SourceSection(path=str(data.absolute()))))  # type: ignore[union-attr]
+    rows = _rows(loaded, source)
+    if draw is not None:
+        rows = split_rows(rows, *draw)[1]
     examples = encode_rows(loaded.runtime, rows, split)
     with loaded.inference(), console.progress(len(examples), "evaluating") as advance:
         results = score_examples(
@@ -39,32 +41,24 @@ def evaluate(path: Path, data: Path | None, base: str | None, predictions: Path 
     return {"metrics": metrics, "num_rows": len(results), "split": split}
 
 
-def _own_split(path: Path) -> tuple[str, Recipe]:
-    """The split that the run keeps for evaluation, and its recipe."""
+def _own_split(path: Path) -> tuple[str, SourceSection, tuple[float, int] | None]:
+    """The split that the run keeps for evaluation: name, source, and fraction and seed where it is drawn from that source."""
     if not (path / "resolved.yaml").is_file():
         raise RecipeError("--data is needed: an adapter folder has no rows of its own")
     recipe = Recipe.model_validate(yaml.safe_load((path / "resolved.yaml").read_text(encoding="utf-8")))
-    split = next((name for name in SPLITS if getattr(recipe.data, name, None) is not None), None)
-    if split is None:
-        raise RecipeError("--data is needed: the run has no test or validation rows of its own")
-    return split, recipe
-
-
-def _own_rows(loaded: LoadedAdapter, split: str, recipe: Recipe) -> tuple[str, list[Numbered]]:
-    """The rows of a run's own split; a fraction of the training rows is drawn again by the seed of the run."""
-    assert recipe.data is not None, "a run has rows"
-    source = getattr(recipe.data, split)
-    if isinstance(source, SourceSection):
-        return split, _rows(loaded, source)
-    return split, split_rows(_rows(loaded, recipe.data.train), source, recipe.training.seed)[1]
+    for split in SPLITS if recipe.data is not None else ():
+        source = getattr(recipe.data, split)
+        if isinstance(source, SourceSection):
+            return split, source, None
+        if recipe.data is not None and source is not None:
+            return split, recipe.data.train, (source, recipe.training.seed)
+    raise RecipeError("--data is needed: the run has no test or validation rows of its own")
 
 
 def _rows(loaded: LoadedAdapter, source: SourceSection) -> list[Numbered]:
     """Canonical rows of a source, read as the training rows were."""
     facts, raw = loaded.facts, read_rows(source, Path())
-    renamed = [
-        (origin, row | {ours: row[theirs] for ours, theirs in facts.columns.items() if theirs in row}) for origin, row in raw
-    ]
+    renamed = [(origin, facts.rename(row)) for origin, row in raw]
     wanted = source if source.format != "auto" else source.model_copy(update={"format": facts.format})
     item = choose_format(wanted, renamed, loaded.task)
     return to_canonical(renamed, item, system_prompt=facts.system_prompt)

@@ -6,21 +6,17 @@ from typing import Any
 
 from peftkit import console
 from peftkit.commands.params import line, summary
-from peftkit.engine.blueprint import draw_blueprint
-from peftkit.engine.data import class_counts, load_data
-from peftkit.engine.hardware import detect_hardware
+from peftkit.engine.data import class_counts
 from peftkit.engine.memory import estimate_memory
-from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
-from peftkit.plan import make_plan, num_steps
+from peftkit.engine.survey import survey
+from peftkit.plan import num_steps
 from peftkit.recipe import LoadedRecipe
 
 
 def plan(loaded: LoadedRecipe) -> dict[str, Any]:
     """Walk through all that `train` will do, up to the weights; returns what `--json` prints."""
-    decided = make_plan(loaded, detect_hardware())
-    tokenizer = load_tokenizer(decided)
-    data = load_data(decided, tokenizer, position_limit(load_config(base_of(decided)), tokenizer))
-    blueprint = draw_blueprint(decided, len(data.encoding.labels))
+    found = survey(loaded)
+    decided, data, blueprint = found.plan, found.data, found.blueprint
     longest = max(len(example.inputs["input_ids"]) for example in data.train)
     rows = {name: len(examples) for name, examples in data.splits.items()}
     return summary(decided, blueprint) | {

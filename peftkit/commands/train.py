@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from peftkit import console
 from peftkit.engine.adapter import attach_adapter
-from peftkit.engine.blueprint import Blueprint, draw_blueprint
+from peftkit.engine.blueprint import Blueprint
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
-from peftkit.engine.data import Data, load_data
+from peftkit.engine.data import fingerprints
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.guard import explain_exhaustion
-from peftkit.engine.hardware import detect_hardware, peak_memory_bytes, process_index, start_accelerator
-from peftkit.engine.model import (
-    base_of,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    model_fingerprint,
-    position_limit,
-    set_pad_token,
-)
+from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
+from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
 from peftkit.engine.store import facts_of, initial_state, save_adapter, write_model_card
+from peftkit.engine.survey import Survey, survey
 from peftkit.engine.trainer import Trainer
 from peftkit.errors import PeftkitError
-from peftkit.plan import Plan, make_plan
+from peftkit.plan import Plan
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, environment, write_json
 
 
 def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
     """Train, evaluate and certify; returns the summary that `--json` prints."""
-    plan = make_plan(loaded, detect_hardware())
-    tokenizer = load_tokenizer(plan)
-    data = load_data(plan, tokenizer, position_limit(load_config(base_of(plan)), tokenizer))
-    blueprint = draw_blueprint(plan, len(data.encoding.labels))
-    run = open_run(loaded, plan, output, resume)
+    found = survey(loaded)
+    run = open_run(loaded, found.plan, output, resume)
     reporter = console.reporter(process_index(), run.log)
     try:
-        with explain_exhaustion(plan, data):
+        with explain_exhaustion(found.plan, found.data):
             if process_index() == 0:
-                facts = fingerprints(data) | {"model": model_fingerprint(base_of(plan), blueprint.config)}
-                write_json(run.environment_path, environment(plan, facts))
+                model = model_fingerprint(base_of(found.plan), found.blueprint.config)
+                write_json(run.environment_path, environment(found.plan, fingerprints(found.data) | {"model": model}))
                 run.write_status("training", step=0)
-            _announce(reporter, run, blueprint)
-            return _train_in(run, plan, tokenizer, data, reporter)
+            _announce(reporter, run, found.blueprint)
+            return _train_in(run, found, reporter)
     except BaseException as error:
         _record_failure(run, error)
         raise
@@ -100,7 +89,8 @@ def _print_metrics(after: dict[str, Any], before: dict[str, Any]) -> None:
         console.print_table("", ["split", "metric", "value"], [(row[0], row[1], row[3]) for row in rows])
 
 
-def _train_in(run: Run, plan: Plan, tokenizer: Any, data: Data, reporter: console.LineReporter) -> dict[str, Any]:
+def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[str, Any]:
+    plan, tokenizer, data = found.plan, found.tokenizer, found.data
     base = base_of(plan)
     base_model, missing = load_base_model(base, data.encoding.labels)
     set_pad_token(base_model, tokenizer)
@@ -154,14 +144,3 @@ def open_run(loaded: LoadedRecipe, plan: Plan, output: Path | None, resume: bool
         return Run.create(loaded, plan, output)
     assert output is not None, "launch names the directory for all processes"
     return Run(output)
-
-
-def fingerprints(data: Data) -> dict[str, str]:
-    """sha256 of the encoded rows by split: two runs with equal ones trained on the same."""
-    result = {}
-    for name, examples in data.splits.items():
-        digest = hashlib.sha256()
-        for example in examples:
-            digest.update(repr((example.inputs, example.labels)).encode())
-        result[f"data.{name}"] = digest.hexdigest()
-    return result

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftkit.engine.adapter import read_tensors
+from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, set_pad_token
 from peftkit.engine.store import TENSORS, AdapterFacts, load_into
 from peftkit.errors import CertificateError, LoadError
@@ -29,12 +30,11 @@ def reference_logits(
 ) -> list[torch.Tensor]:
     """Logits of each example alone (no padding), on the CPU in float32."""
     device = next(model.parameters()).device
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     model.eval()
     logits = []
     for example in examples:
         batch = {name: tensor.to(device) for name, tensor in runtime.collate([example]).items()}
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(device.type, precision):
             logits.append(runtime.forward(model, batch).float().cpu())
     return logits
 

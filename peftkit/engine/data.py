@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from peftkit.engine.sources import Numbered, read_rows
 from peftkit.errors import DataError, Problem, RecipeError
 from peftkit.formats import FORMATS, detect_format
-from peftkit.formats.base import Format, RowError, columns_text
+from peftkit.formats.base import CanonicalRow, Format, RowError, columns_text
 from peftkit.plan import Plan
 from peftkit.recipe.schema import DataSection, SourceSection
 from peftkit.tasks.base import Encoding, Example, Runtime, Task, TooLong
@@ -137,12 +138,18 @@ def to_canonical(
         except RowError as error:
             bad.append(f"{origin}: {error}")
             continue
-        if system_prompt and "messages" in canonical and canonical["messages"][0]["role"] != "system":
-            canonical["messages"].insert(0, {"role": "system", "content": system_prompt})
-        rows.append((origin, canonical))
+        rows.append((origin, with_system_prompt(canonical, system_prompt)))
     if bad:
         raise DataError(_many(f"rows that are not in format `{item.name}` ({item.summary})", bad))
     return rows
+
+
+def with_system_prompt(row: CanonicalRow, system_prompt: str | None) -> CanonicalRow:
+    """The row with a system message, where it holds messages and has none."""
+    messages = row.get("messages")
+    if not system_prompt or not messages or messages[0]["role"] == "system":
+        return row
+    return row | {"messages": [{"role": "system", "content": system_prompt}, *messages]}
 
 
 def split_rows(rows: list[Numbered], fraction: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
@@ -244,3 +251,14 @@ def micro_batches(rows: Sequence[int], micro_batch_size: int, num_processes: int
     chunks = [rows[start : start + width] for start in range(0, len(rows), width)]
     # Dealt like cards, so that a short last chunk is spread over the processes.
     return [list(chunk[process::num_processes]) for chunk in chunks]
+
+
+def fingerprints(data: Data) -> dict[str, str]:
+    """sha256 of the encoded rows by split: two runs with equal ones trained on the same."""
+    result = {}
+    for name, examples in data.splits.items():
+        digest = hashlib.sha256()
+        for example in examples:
+            digest.update(repr((example.inputs, example.labels)).encode())
+        result[f"data.{name}"] = digest.hexdigest()
+    return result

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, TextStreamer
 
-from peftkit.engine.data import encode_rows
+from peftkit.engine.data import encode_rows, with_system_prompt
 from peftkit.engine.evaluate import score_examples
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.errors import DataError
@@ -32,8 +32,7 @@ def prompt_row(loaded: LoadedAdapter, text: str, history: Sequence[Mapping[str, 
         return {"text": text}
     has_template = bool(loaded.runtime.tokenizer.chat_template)
     if "messages" in columns or (not columns and has_template):
-        system = [{"role": "system", "content": facts.system_prompt}] if facts.system_prompt else []
-        return {"messages": [*system, *history, {"role": "user", "content": text}]}
+        return with_system_prompt({"messages": [*history, {"role": "user", "content": text}]}, facts.system_prompt)
     return {"text": text} if "text" in columns else {"prompt": text}
 
 
@@ -44,15 +43,11 @@ def file_row(loaded: LoadedAdapter, row: Mapping[str, Any], origin: str) -> Cano
         DataError: the row has not the columns of the training format, nor a `prompt` or `text`.
     """
     facts = loaded.facts
-    renamed = dict(row) | {ours: row[theirs] for ours, theirs in facts.columns.items() if theirs in row}
+    renamed = facts.rename(row)
     item = FORMATS.get(facts.format) or detect_format(frozenset(renamed))
     try:
         if item is not None and loaded.task.can_read(item.yields):
-            canonical = item.convert(renamed, False)
-            messages = canonical.get("messages")
-            if messages and facts.system_prompt and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": facts.system_prompt})
-            return canonical
+            return with_system_prompt(item.convert(renamed, False), facts.system_prompt)
     except RowError as error:
         if "prompt" not in renamed and "text" not in renamed:
             raise DataError(f"{origin}: {error}") from error

@@ -54,6 +54,12 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     return accelerator
 
 
+def autocast(device: str, mixed_precision: str) -> torch.autocast:
+    """Autocast as accelerate does it in training; nothing for `no`."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+
+
 def process_index() -> int:
     """Rank of this process among all."""
     return int(os.environ.get("RANK", "0"))

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.store import AdapterFacts, load_into, read_facts
 from peftkit.errors import LoadError
@@ -56,8 +57,7 @@ class LoadedAdapter:
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """No gradients, and the autocast of training."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.facts.mixed_precision)
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.inference_mode(), autocast(self.device.type, self.facts.mixed_precision):
             yield
 
 

@@ -84,11 +84,9 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
 def _merged(model: nn.Module, method: str) -> nn.Module:
     if not isinstance(model, PeftModel):
         return model  # `full` and `head` have trained the base's own tensors
-    config = model.active_peft_config
-    if getattr(config, "layer_replication", None):
-        raise RecipeError(
-            "--adapter: `layer_replication` shares base layers, so that merging into one of them changes the others"
-        )
+    known = METHODS.get(method)
+    if known and (reason := known.not_mergeable or known.not_mergeable_with(model.active_peft_config)):
+        raise RecipeError(f"--adapter: {reason}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ties that merging breaks: the comparison of logits decides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -88,6 +89,7 @@ def model_path(plan: Plan) -> str:
     return str(folder) if folder is not None and folder.is_dir() else name
 
 
+@functools.cache  # hashing 90 MB once is enough
 def _embedded_folder(name: str) -> Path:
     spec = importlib.util.find_spec(EMBEDDED_MODELS[name])
     if spec is None or not spec.submodule_search_locations:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class AdapterFacts:
     seed: int = 0
     config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     attn_implementation: str | None = None
+
+    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with the columns that the training rows were renamed from, renamed alike."""
+        return dict(row) | {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
 
     def base_model(self, folder: Path) -> Base:
         """The base model that the adapter in `folder` goes onto; for `full` the folder itself is the model."""

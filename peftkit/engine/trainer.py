@@ -188,7 +188,8 @@ class Trainer:
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
-        if not math.isfinite(sum(float(norm) for norm in torch._foreach_norm([p.detach() for p in self.trained]))):
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.trained])
+        if not torch.stack([norm.float() for norm in norms]).isfinite().all():  # one wait for the device, not one a parameter
             self._fail("a weight", math.nan, rows)
         return grad_norm
 

@@ -25,7 +25,8 @@ class Method:
         left_out: PEFT fields that a recipe cannot state, each with the reason.
         other_defaults: fields whose default differs from PEFT's, each with the reason.
         check: yields (field, sentence) for settings that cannot work together.
-        not_mergeable_with: reason why this section in particular cannot be merged, or an empty string.
+        not_mergeable_with: reason why this section (or PEFT config: the fields are the same) in particular cannot be merged, or
+            an empty string.
         changes_base: whether the initialisation of this section changes base weights.
     """
 

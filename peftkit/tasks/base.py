@@ -101,6 +101,22 @@ class TooLong(ValueError):  # noqa: N818 - with `drop` it is no error
         self.num_tokens = num_tokens
 
 
+def fit_length(num_tokens: int, settings: Encoding) -> slice | None:
+    """What of `num_tokens` tokens is kept under max_length; None where `truncation: drop` drops the row.
+
+    Raises:
+        TooLong: they are too many under `truncation: error`.
+    """
+    limit = settings.max_length
+    if num_tokens <= limit:
+        return slice(None)
+    if settings.truncation == "error":
+        raise TooLong(num_tokens)
+    if settings.truncation == "drop":
+        return None
+    return slice(-limit, None) if settings.truncation == "left" else slice(limit)
+
+
 Batch = dict[str, "torch.Tensor"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, TooLong
+from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
 from peftkit.tasks.language_torch import pad, pad_inputs, score_tokens, strip_end, summarise_tokens, token_loss_sum
 
 # For tokenizers without a template; stored with the adapter, so that inference renders the same.
@@ -46,18 +46,15 @@ class Runtime:
             labels = list(ids)
         if self.settings.train_on == "all":
             labels = list(ids)
-        num_tokens, limit = len(ids), self.settings.max_length
-        if num_tokens > limit:
-            if self.settings.truncation == "error":
-                raise TooLong(num_tokens)
-            if self.settings.truncation == "drop":
-                return None
-            cut = slice(-limit, None) if self.settings.truncation == "left" else slice(limit)
-            ids, labels = ids[cut], labels[cut]
+        num_tokens = len(ids)
+        kept = fit_length(num_tokens, self.settings)
+        if kept is None:
+            return None
+        ids, labels = ids[kept], labels[kept]
         # The first token is never predicted: its label is not a target.
         num_targets = sum(label != IGNORE_INDEX for label in labels[1:])
         if target and num_targets == 0:
-            raise RowError(f"no token is left to learn ({num_tokens} tokens, max_length {limit})")
+            raise RowError(f"no token is left to learn ({num_tokens} tokens, max_length {self.settings.max_length})")
         return Example({"input_ids": ids}, labels, num_targets, origin, num_tokens)
 
     def _prompt_completion(self, row: Mapping[str, Any], target: bool) -> tuple[list[int], list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, TooLong
+from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
 from peftkit.tasks.language_torch import flat_messages, pad, pad_inputs, score_tokens, summarise_tokens, token_loss_sum
 
 
@@ -22,14 +22,11 @@ class Runtime:
         prompt, completion = flat_messages(row["messages"]) if "messages" in row else (row["prompt"], row.get("completion", ""))
         ids = self.tokenizer(prompt)["input_ids"]
         labels = self._answer(completion) if target else []
-        num_tokens, limit = max(len(ids), len(labels)), self.settings.max_length
-        if num_tokens > limit:
-            if self.settings.truncation == "error":
-                raise TooLong(num_tokens)
-            if self.settings.truncation == "drop":
-                return None
-            cut = slice(-limit, None) if self.settings.truncation == "left" else slice(limit)
-            ids, labels = ids[cut], labels[cut]
+        num_tokens = max(len(ids), len(labels))
+        kept = fit_length(num_tokens, self.settings)
+        if kept is None:
+            return None
+        ids, labels = ids[kept], labels[kept]
         return Example({"input_ids": ids}, labels, len(labels), origin, num_tokens)
 
     def _answer(self, completion: str) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, TooLong
+from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
 from peftkit.tasks.language_torch import pad_inputs
 
 
@@ -24,13 +24,11 @@ class Runtime:
         """Token ids of the text (or pair) and the number of its label."""
         label = self._label_id(row["label"]) if target else IGNORE_INDEX
         encoded = self.tokenizer(row["text"], row.get("text_pair"))
-        num_tokens, limit = len(encoded["input_ids"]), self.settings.max_length
-        if num_tokens > limit:
-            if self.settings.truncation == "error":
-                raise TooLong(num_tokens)
-            if self.settings.truncation == "drop":
-                return None
-            encoded = self._cut(row)
+        num_tokens = len(encoded["input_ids"])
+        if fit_length(num_tokens, self.settings) is None:
+            return None
+        if num_tokens > self.settings.max_length:
+            encoded = self._cut(row)  # by the tokenizer, which keeps the special tokens at both ends
         inputs = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
         return Example(inputs, label, 1, origin, num_tokens)
 

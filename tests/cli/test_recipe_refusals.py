@@ -16,27 +16,10 @@ import pytest
 from peftkit import __version__
 from peftkit.methods import METHODS
 from peftkit.tasks import TASKS
-from tests.conftest import Result, write_jsonl
+from tests.conftest import ROWS, Result, write_jsonl
 
 Cli = Callable[..., Result]
 Write = Callable[..., Path]
-ROWS = {
-    "CAUSAL_LM": {"instruction": "hello", "output": "hi"},
-    "SEQ_2_SEQ_LM": {"source": "hello", "target": "hi"},
-    "SEQ_CLS": {"text": "hello", "label": "greeting"},
-}
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> dict[str, Any]:
-    """A valid recipe on a model of the hub, which validation does not look up."""
-    write_jsonl(tmp_path / "train.jsonl", [ROWS["CAUSAL_LM"]])
-    return {
-        "task": "CAUSAL_LM",
-        "model": {"name_or_path": "owner/name"},
-        "adapter": {"method": "lora", "r": 4},
-        "data": {"train": "train.jsonl", "validation": 0.1},
-    }
 
 
 def test_a_valid_recipe_is_called_valid(cli: Cli, write_recipe: Write, recipe: dict[str, Any]) -> None:

@@ -10,27 +10,9 @@ import pytest
 
 from peftkit.errors import Problem, RecipeError
 from peftkit.recipe import LoadedRecipe, load_recipe
-from tests.conftest import write_jsonl
 
-ROWS: dict[str, dict[str, Any]] = {
-    "CAUSAL_LM": {"instruction": "hello", "output": "hi"},
-    "SEQ_2_SEQ_LM": {"source": "hello", "target": "hi"},
-    "SEQ_CLS": {"text": "hello", "label": "greeting"},
-}
 Load = Callable[..., LoadedRecipe]
 Problems = Callable[..., list[Problem]]
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> dict[str, Any]:
-    """A valid recipe as a mapping; its model is a name on the hub, which validation does not look up."""
-    write_jsonl(tmp_path / "train.jsonl", [ROWS["CAUSAL_LM"]])
-    return {
-        "task": "CAUSAL_LM",
-        "model": {"name_or_path": "owner/name"},
-        "adapter": {"method": "lora", "r": 4},
-        "data": {"train": "train.jsonl", "validation": 0.1},
-    }
 
 
 @pytest.fixture

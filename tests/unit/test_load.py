@@ -18,8 +18,8 @@ from peftkit.recipe.foreign import FOREIGN_KEYS
 from peftkit.recipe.starter import starter_recipe
 from peftkit.recipe.yaml_file import read_yaml
 from peftkit.tasks import TASKS
-from tests.conftest import write_jsonl
-from tests.unit.conftest import ROWS, Load, Problems
+from tests.conftest import ROWS, write_jsonl
+from tests.unit.conftest import Load, Problems
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 BROKEN = """\

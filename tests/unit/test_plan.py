@@ -13,8 +13,8 @@ from peftkit.methods import METHODS
 from peftkit.plan import Hardware, Plan, make_plan, num_steps, steps_per_epoch, warmup_steps
 from peftkit.recipe import load_recipe
 from peftkit.run import resolved_yaml
-from tests.conftest import write_jsonl
-from tests.unit.conftest import ROWS, Load
+from tests.conftest import ROWS, write_jsonl
+from tests.unit.conftest import Load
 
 CPU = Hardware("cpu", "the CPU", True, 2**34)
 GPU = Hardware("cuda", "H100", True, 2**36)

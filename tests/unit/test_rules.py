@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_jsonl
-from tests.unit.conftest import ROWS, Load, Problems
+from tests.conftest import ROWS, write_jsonl
+from tests.unit.conftest import Load, Problems
 
 NO_VALIDATION = "data.validation=null"
 NO_EFFECT = "has no effect"
