@@ -1,7 +1,8 @@
 """What a data format is: raw columns in, canonical columns out.
 
 Canonical columns are where formats and tasks meet: `messages` (list of {role, content}), `prompt` + `completion`, `text`,
-`text` + `label` (and `text_pair`).
+`text` + `label` (and `text_pair`), `tokens` + `tags`, `question` + `context` + `answers` ({text, answer_start}, as in SQuAD),
+`anchor` + `positive` (and `negative`, a list, or `score`, a number). Where rows have tasks, `task_id` comes with any of them.
 """
 
 from __future__ import annotations

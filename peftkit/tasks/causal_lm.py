@@ -13,6 +13,7 @@ CAUSAL_LM = Task(
     default_metric="loss",
     generates=True,
     uses_chat_template=True,
+    has_head=False,
     has_labels=False,
     train_on=("completion", "all"),
     runtime_module="peftkit.tasks.causal_lm_torch",

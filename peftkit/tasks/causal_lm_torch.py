@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
-from peftkit.tasks.language_torch import pad, pad_inputs, score_tokens, strip_end, summarise_tokens, token_loss_sum
+from peftkit.tasks.base import IGNORE_INDEX, Batch, Example, fit_length
+from peftkit.tasks.language_torch import score_tokens, strip_end, summarise_tokens, token_loss_sum
+from peftkit.tasks.runtime_torch import BaseRuntime, pad, pad_inputs
 
 # For tokenizers without a template; stored with the adapter, so that inference renders the same.
 DEFAULT_CHAT_TEMPLATE = (
@@ -26,13 +27,10 @@ def default_chat_template(tokenizer: Any) -> str:
     return "{{ bos_token }}" * starts_with_bos + DEFAULT_CHAT_TEMPLATE
 
 
-class Runtime:
+class Runtime(BaseRuntime):
     """See `peftkit.tasks.base.Runtime`."""
 
-    def __init__(self, tokenizer: Any, settings: Encoding) -> None:
-        self.tokenizer, self.settings = tokenizer, settings
-
-    def encode(self, row: Mapping[str, Any], origin: str, *, target: bool = True) -> Example | None:
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
         """Tokens and labels; labels are aligned with the tokens (not shifted)."""
         if "messages" in row:
             ids, labels = self._chat(row["messages"], target)
@@ -106,16 +104,14 @@ class Runtime:
             return len(through)
         return last + 1
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Right-padded input_ids, attention_mask and labels, each (B, T)."""
-        labels = pad([example.labels for example in examples if isinstance(example.labels, list)], IGNORE_INDEX)
-        return pad_inputs(self.tokenizer, examples) | {"labels": labels}
+    def labels_tensor(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Right-padded labels (B, T)."""
+        return pad([example.labels for example in examples], IGNORE_INDEX)
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits (B, T, V)."""
-        logits: torch.Tensor = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
         return logits
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -137,3 +133,7 @@ class Runtime:
     def summarise(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Loss, perplexity, token accuracy."""
         return summarise_tokens(results)
+
+    def probe_row(self, text: str) -> dict[str, Any]:
+        """A text and the same as its continuation."""
+        return {"prompt": text, "completion": text}

@@ -1,4 +1,4 @@
-"""What CAUSAL_LM and SEQ_2_SEQ_LM share: padding, the token loss, scores and metrics."""
+"""What CAUSAL_LM and SEQ_2_SEQ_LM share: the token loss, scores and metrics."""
 
 from __future__ import annotations
 
@@ -9,24 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from peftkit.tasks.base import IGNORE_INDEX, Example
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, *, side: str = "right") -> torch.Tensor:
-    """Rows of token ids as one tensor (B, T), filled with `value` on one side."""
-    width = max(len(row) for row in rows)
-    filled = [
-        [*row, *[value] * (width - len(row))] if side == "right" else [*[value] * (width - len(row)), *row] for row in rows
-    ]
-    return torch.tensor(filled, dtype=torch.long)
-
-
-def pad_inputs(tokenizer: Any, examples: Sequence[Example], *, side: str = "right") -> dict[str, torch.Tensor]:
-    """Model inputs (B, T) of several examples, with `attention_mask`."""
-    values = {"input_ids": tokenizer.pad_token_id, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
-    batch = {name: pad([example.inputs[name] for example in examples], values[name], side=side) for name in examples[0].inputs}
-    ones = [[1] * len(example.inputs["input_ids"]) for example in examples]
-    return batch | {"attention_mask": pad(ones, 0, side=side)}
+from peftkit.tasks.base import IGNORE_INDEX
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:

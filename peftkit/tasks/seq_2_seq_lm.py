@@ -12,6 +12,7 @@ SEQ_2_SEQ_LM = Task(
     default_metric="loss",
     generates=True,
     uses_chat_template=False,
+    has_head=False,
     has_labels=False,
     train_on=(),
     runtime_module="peftkit.tasks.seq_2_seq_lm_torch",

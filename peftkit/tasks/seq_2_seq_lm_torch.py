@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
-from peftkit.tasks.language_torch import flat_messages, pad, pad_inputs, score_tokens, summarise_tokens, token_loss_sum
+from peftkit.tasks.base import IGNORE_INDEX, Batch, Example, fit_length
+from peftkit.tasks.language_torch import flat_messages, score_tokens, summarise_tokens, token_loss_sum
+from peftkit.tasks.runtime_torch import BaseRuntime, pad, pad_inputs
 
 
-class Runtime:
+class Runtime(BaseRuntime):
     """See `peftkit.tasks.base.Runtime`. The model shifts the labels into decoder inputs by itself."""
 
-    def __init__(self, tokenizer: Any, settings: Encoding) -> None:
-        self.tokenizer, self.settings = tokenizer, settings
-
-    def encode(self, row: Mapping[str, Any], origin: str, *, target: bool = True) -> Example | None:
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
         """`max_length` holds for the prompt and for the completion, each."""
         prompt, completion = flat_messages(row["messages"]) if "messages" in row else (row["prompt"], row.get("completion", ""))
         ids = self.tokenizer(prompt)["input_ids"]
@@ -36,7 +34,7 @@ class Runtime:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded input_ids and attention_mask (B, S), labels (B, T)."""
-        labels = [example.labels if isinstance(example.labels, list) else [] for example in examples]
+        labels = [example.labels for example in examples]
         batch = pad_inputs(self.tokenizer, examples)
         return batch | ({"labels": pad(labels, IGNORE_INDEX)} if any(labels) else {})
 
@@ -64,3 +62,7 @@ class Runtime:
     def summarise(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Loss, perplexity, token accuracy."""
         return summarise_tokens(results)
+
+    def probe_row(self, text: str) -> dict[str, Any]:
+        """A text and the same as its answer."""
+        return {"prompt": text, "completion": text}

@@ -1,7 +1,8 @@
-"""SEQ_CLS on tensors: one target per row."""
+"""SEQ_CLS on tensors: one target per row, which is a class, a set of classes or a number."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,19 +11,28 @@ from torch.nn import functional
 
 from peftkit.formats.base import RowError
 from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
-from peftkit.tasks.language_torch import pad_inputs
+from peftkit.tasks.runtime_torch import BaseRuntime
+from peftkit.tasks.seq_cls import MULTI, REGRESSION, class_of, number_of
+from peftkit.tasks.statistics import class_table, correlations
+
+THRESHOLD = 0.5  # probability from which on a class counts as predicted, with several labels per row
 
 
-class Runtime:
-    """See `peftkit.tasks.base.Runtime`."""
+class Runtime(BaseRuntime):
+    """See `peftkit.tasks.base.Runtime`.
+
+    Labels are of shape (B,) with class numbers (IGNORE_INDEX: none), (B, C) with 0 and 1, or (B,) with numbers (NaN: none).
+    """
 
     def __init__(self, tokenizer: Any, settings: Encoding) -> None:
-        self.tokenizer, self.settings = tokenizer, settings
+        super().__init__(tokenizer, settings)
         self.label_ids = {name: number for number, name in enumerate(settings.labels)}
+        self.problem_type = settings.problem_type
 
-    def encode(self, row: Mapping[str, Any], origin: str, *, target: bool = True) -> Example | None:
-        """Token ids of the text (or pair) and the number of its label."""
-        label = self._label_id(row["label"]) if target else IGNORE_INDEX
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
+        """Token ids of the text (or pair) and its label."""
+        names = self._names(row["label"]) if target and self.problem_type != REGRESSION else []
+        label = self._label(row.get("label"), names, target)
         encoded = self.tokenizer(row["text"], row.get("text_pair"))
         num_tokens = len(encoded["input_ids"])
         if fit_length(num_tokens, self.settings) is None:
@@ -30,7 +40,7 @@ class Runtime:
         if num_tokens > self.settings.max_length:
             encoded = self._cut(row)  # by the tokenizer, which keeps the special tokens at both ends
         inputs = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-        return Example(inputs, label, 1, origin, num_tokens)
+        return Example(inputs, label, 1, origin, num_tokens, details={"classes": names})
 
     def _cut(self, row: Mapping[str, Any]) -> Any:
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, self.settings.truncation
@@ -38,71 +48,139 @@ class Runtime:
         self.tokenizer.truncation_side = side
         return encoded
 
-    def _label_id(self, label: str | int) -> int:
-        name = str(label)
-        if name not in self.label_ids:
-            raise RowError(f"the label {label!r} is not among the classes: {', '.join(self.settings.labels)}")
-        return self.label_ids[name]
+    def _names(self, label: Any) -> list[str]:
+        """The classes of a row."""
+        if isinstance(label, list) != (self.problem_type == MULTI):
+            wanted = "a list of classes" if self.problem_type == MULTI else "one class"
+            raise RowError(f"the label is {label!r}, not {wanted}, as `data.problem_type` or the other rows have it")
+        names = [class_of(part) for part in label] if isinstance(label, list) else [class_of(label)]
+        for name in names:
+            if name not in self.label_ids:
+                raise RowError(f"the label {name!r} is not among the classes: {', '.join(self.settings.labels)}")
+        return names
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Right-padded inputs (B, T) and labels (B,)."""
-        return pad_inputs(self.tokenizer, examples) | {"labels": torch.tensor([example.labels for example in examples])}
-
-    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Logits (B, C)."""
-        logits: torch.Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-        return logits
+    def _label(self, label: Any, names: list[str], target: bool) -> Any:
+        if self.problem_type == REGRESSION:
+            number = number_of(label) if target else math.nan
+            if number is None:
+                raise RowError(f"the label is {label!r}, not a number, as `data.problem_type` or the other rows have it")
+            return number
+        if self.problem_type == MULTI:
+            return [int(name in names) if target else IGNORE_INDEX for name in self.settings.labels]
+        return self.label_ids[names[0]] if target else IGNORE_INDEX
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Sum of cross-entropy over rows that have a label. Logits (B, C), labels (B,)."""
-        wanted = labels != IGNORE_INDEX
+        """Sum over the rows that have a label. Logits (B, C); labels as the class says."""
+        return self._losses(logits, labels, label_smoothing).sum()
+
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Loss of every row (B,), 0 where it has no label.
+
+        Cross-entropy; binary cross-entropy averaged over the classes; or the squared error.
+        """
+        logits = logits.float()
+        if self.problem_type == REGRESSION:
+            errors = logits.squeeze(-1) - labels.to(logits.dtype)
+            return torch.where(labels.isnan(), logits.new_zeros(()), errors).square()
+        if self.problem_type == MULTI:
+            known = (labels != IGNORE_INDEX).to(logits.dtype)
+            wanted = labels.clamp(min=0).to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+            return (functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * known).mean(-1)
         return functional.cross_entropy(
-            logits[wanted].float(), labels[wanted], reduction="sum", label_smoothing=label_smoothing
+            logits, labels, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORE_INDEX
         )
 
     def score(self, logits: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """Prediction, probabilities, and the loss where the label is known."""
-        losses = functional.cross_entropy(logits.float(), batch["labels"], reduction="none", ignore_index=IGNORE_INDEX)
-        probabilities = logits.float().softmax(-1)
+        """Prediction, probabilities (of classes), and the loss where the label is known."""
+        results = []
+        losses = self._losses(logits, batch["labels"])
+        for row, label, loss in zip(logits.float(), batch["labels"], losses, strict=True):
+            known = bool((label != IGNORE_INDEX).all() and not label.isnan().any())
+            result = self._guess(row) | {"loss_sum": float(loss), "num_targets": int(known)}
+            results.append({"label": self._truth(label) if known else None, **result})
+        return results
+
+    def _truth(self, label: torch.Tensor) -> Any:
+        if self.problem_type == REGRESSION:
+            return float(label)
         names = self.settings.labels
-        return [
-            {
-                "label": names[int(label)] if label != IGNORE_INDEX else None,
-                "prediction": names[int(row.argmax())],
-                "probabilities": {name: round(float(value), 6) for name, value in zip(names, row, strict=True)},
-                "loss_sum": float(loss),
-                "num_targets": int(label != IGNORE_INDEX),
-            }
-            for row, label, loss in zip(probabilities, batch["labels"], losses, strict=True)
-        ]
+        if self.problem_type == MULTI:
+            return [name for name, there in zip(names, label.tolist(), strict=True) if there]
+        return names[int(label)]
 
-    def generation_batch(self, examples: Sequence[Example]) -> Batch:
-        """Classifiers generate nothing."""
-        raise TypeError("SEQ_CLS generates no text")
+    def _guess(self, logits: torch.Tensor) -> dict[str, Any]:
+        """Prediction and probabilities from a row's logits (C,)."""
+        if self.problem_type == REGRESSION:
+            return {"prediction": float(logits)}
+        names, several = self.settings.labels, self.problem_type == MULTI
+        values = logits.sigmoid() if several else logits.softmax(-1)
+        probabilities = {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}
+        if several:
+            guess = [name for name, value in zip(names, values.tolist(), strict=True) if value >= THRESHOLD]
+            return {"prediction": guess, "probabilities": probabilities}
+        return {"prediction": names[int(values.argmax())], "probabilities": probabilities}
 
-    def new_tokens(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Classifiers generate nothing."""
-        raise TypeError("SEQ_CLS generates no text")
+    def answer(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Prediction and, for classes, their probabilities."""
+        return {key: result[key] for key in ("prediction", "probabilities") if key in result}
+
+    def probe_row(self, text: str) -> dict[str, Any]:
+        """The text with some label."""
+        label: Any = self.settings.labels[:1]
+        return {
+            "text": text,
+            "label": 0.5 if self.problem_type == REGRESSION else list(label) if self.problem_type == MULTI else label[0],
+        }
 
     def summarise(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Loss, accuracy, F1, Matthews correlation, a table by class and the confusion matrix."""
-        from sklearn import metrics
-
-        names = list(self.settings.labels)
+        """Loss and the metrics of the problem type."""
         truth = [result["label"] for result in results]
         guess = [result["prediction"] for result in results]
-        precision, recall, f1, support = metrics.precision_recall_fscore_support(truth, guess, labels=names, zero_division=0)
-        by_class = {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "num_rows": int(n)}
-            for name, p, r, f, n in zip(names, precision, recall, f1, support, strict=True)
-        }
-        return {
-            "loss": sum(result["loss_sum"] for result in results) / len(results),
-            "accuracy": float(metrics.accuracy_score(truth, guess)),
-            # Over the classes that occur, as scikit-learn does: a class without rows has no F1 to average.
-            "f1_macro": float(metrics.f1_score(truth, guess, average="macro", zero_division=0)),
-            "f1_weighted": float(metrics.f1_score(truth, guess, average="weighted", zero_division=0)),
-            "mcc": float(metrics.matthews_corrcoef(truth, guess)),
-            "by_class": by_class,
-            "confusion": metrics.confusion_matrix(truth, guess, labels=names).tolist(),
-        }
+        loss = {"loss": sum(result["loss_sum"] for result in results) / len(results)}
+        if self.problem_type == REGRESSION:
+            return loss | _number_metrics(truth, guess)
+        names = list(self.settings.labels)
+        return loss | (_set_metrics if self.problem_type == MULTI else _class_metrics)(truth, guess, names)
+
+
+def _class_metrics(truth: list[str], guess: list[str], names: list[str]) -> dict[str, Any]:
+    """Accuracy, F1, Matthews correlation, a table by class and the confusion matrix."""
+    from sklearn import metrics
+
+    return {
+        "accuracy": float(metrics.accuracy_score(truth, guess)),
+        # Over the classes that occur, as scikit-learn does: a class without rows has no F1 to average.
+        "f1_macro": float(metrics.f1_score(truth, guess, average="macro", zero_division=0)),
+        "f1_weighted": float(metrics.f1_score(truth, guess, average="weighted", zero_division=0)),
+        "mcc": float(metrics.matthews_corrcoef(truth, guess)),
+        "by_class": class_table(truth, guess, names, names),
+        "confusion": metrics.confusion_matrix(truth, guess, labels=names).tolist(),
+    }
+
+
+def _set_metrics(truth: list[list[str]], guess: list[list[str]], names: list[str]) -> dict[str, Any]:
+    """F1 averaged in four ways (over all classes), the share of rows that are right in every class, a table by class.
+
+    `f1_samples`: a row without classes that gets none counts as right.
+    """
+    from sklearn import metrics
+
+    wanted, found = ([[int(name in row) for name in names] for row in rows] for rows in (truth, guess))
+    averages = ("micro", "macro", "weighted")
+    f1 = {f"f1_{average}": float(metrics.f1_score(wanted, found, average=average, zero_division=0)) for average in averages}
+    return {
+        **f1,
+        "f1_samples": float(metrics.f1_score(wanted, found, average="samples", zero_division=1)),
+        "exact_match": float(metrics.accuracy_score(wanted, found)),
+        "by_class": class_table(wanted, found, names, range(len(names))),
+    }
+
+
+def _number_metrics(truth: list[float], guess: list[float]) -> dict[str, Any]:
+    """Mean squared and mean absolute error, and both correlations."""
+    errors = [mine - theirs for mine, theirs in zip(guess, truth, strict=True)]
+    return {
+        "mse": math.fsum(error**2 for error in errors) / len(errors),
+        "mae": math.fsum(map(abs, errors)) / len(errors),
+        **correlations(truth, guess),
+    }
