@@ -149,11 +149,17 @@ def evaluate(
 @app.command()
 def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
     adapter: Adapter,
-    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help='One prompt; for QUESTION_ANS a JSON object: {"question": "...", "context": "..."}.')
+    ] = None,
     source: Annotated[
         Path | None, typer.Option("--input", help="Rows to answer (jsonl, json, csv, tsv, parquet, txt).")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the answers go, as JSON lines.")] = None,
+    task_id: Annotated[
+        str | None,
+        typer.Option("--task-id", help="Task of the prompt, and of rows that name none, for adapters of several tasks."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[
@@ -166,7 +172,7 @@ def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
     from peftkit.commands import infer as command
 
     settings = command.settings_from(max_new_tokens, temperature)
-    question = command.Question(prompt, source, output)
+    question = command.Question(prompt, source, output, task_id)
     command.infer(adapter, base, question, settings=settings, batch_size=batch_size, as_json=as_json)
 
 
@@ -184,6 +190,22 @@ def merge(
 
     result = command.merge(adapter, base, output, dtype)
     console.print_json(result) if as_json else command.print_merge(result)
+
+
+@app.command()
+def convert(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Option(help="Folder of the LoRA adapter.")],
+    rank: Annotated[float, typer.Option(help="Rank, or below 1 the share of the update's energy to keep.")] = 0.99,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn an adapter of another method into a LoRA, with the error of that."""
+    from peftkit import console
+    from peftkit.commands import convert as command
+
+    result = command.convert(adapter, base, output, rank)
+    console.print_json(result) if as_json else command.print_conversion(result)
 
 
 @app.command()

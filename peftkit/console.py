@@ -54,7 +54,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def print_wide_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table of sentences: every column to the left."""
+    """A table of sentences: every column to the left, the names in the first one unbroken."""
     _print_table(title, columns, rows, "left")
 
 
@@ -63,7 +63,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any
 
     table = Table(title=title or None, title_justify="left")
     for index, name in enumerate(columns):
-        table.add_column(name, justify=justify if index else "left", overflow="fold")
+        table.add_column(name, justify=justify if index else "left", overflow="fold", no_wrap=justify == "left" and not index)
     for row in rows:
         table.add_row(*(Text(show(cell)) for cell in row))
     out.print(table)

@@ -123,7 +123,7 @@ def make_plan(loaded: LoadedRecipe, hardware: Hardware) -> Plan:
 def _choose_dtype(recipe: Recipe, hardware: Hardware) -> tuple[Any, list[Choice]]:
     if recipe.model.dtype != "auto":
         return recipe.model.dtype, []
-    if recipe.adapter.method == "full":
+    if METHODS[recipe.adapter.method].stands_alone:
         return "float32", [Choice("model.dtype", "float32", "every weight is trained: small updates are lost in 16 bits")]
     if recipe.training.mixed_precision == "fp16":
         return "float16", [Choice("model.dtype", "float16", "training.mixed_precision is fp16")]
@@ -146,7 +146,7 @@ def _machine_problems(recipe: Recipe, hardware: Hardware) -> list[tuple[str, str
         problems.append(
             ("training.optim", f"`{training.optim}` pages between GPU and CPU memory; without a GPU it has no effect")
         )
-    if recipe.adapter.method == "full" and recipe.model.dtype == "float16":
+    if METHODS[recipe.adapter.method].stands_alone and recipe.model.dtype == "float16":
         problems.append(("model.dtype", "weights that are trained themselves lose their updates in float16; use float32"))
     if str(recipe.model.attn_implementation).startswith("flash_attention") and device != "cuda":
         problems.append(("model.attn_implementation", f"`{recipe.model.attn_implementation}` needs a CUDA GPU; use sdpa"))

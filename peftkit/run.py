@@ -25,6 +25,7 @@ from peftkit.plan import Plan
 from peftkit.recipe import LoadedRecipe, Recipe
 from peftkit.recipe.paths import absolute_path
 from peftkit.recipe.yaml_file import parse_scalar
+from peftkit.tasks import keys_of_others
 
 PACKAGES = ("peftkit", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
 # `--set some.api_key=abc` and `--set=some.api_key=abc`; a tokenizer is no secret.
@@ -260,6 +261,9 @@ def resolved_yaml(plan: Plan) -> str:
             del data["data"]["max_length"]  # the default bows to what the model can take
         if data["data"]["validation"] is None and data["data"]["test"] is None:
             del data["evaluation"]
+    for key in keys_of_others(plan.task):
+        section, _, name = key.rpartition(".")
+        (data.get(section) or {} if section else data).pop(name, None)
     _make_absolute(data, plan.recipe_dir)
     return yaml.dump(data, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
 

@@ -61,7 +61,8 @@ def _rows(loaded: LoadedAdapter, source: SourceSection) -> list[Numbered]:
     renamed = [(origin, facts.rename(row)) for origin, row in raw]
     wanted = source if source.format != "auto" else source.model_copy(update={"format": facts.format})
     item = choose_format(wanted, renamed, loaded.task)
-    return to_canonical(renamed, item, system_prompt=facts.system_prompt)
+    with_tasks = bool(loaded.runtime.settings.task_names)
+    return to_canonical(renamed, item, system_prompt=facts.system_prompt, with_tasks=with_tasks)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -28,44 +28,70 @@ class Question:
         prompt: one prompt.
         source: file of rows to answer; neither this nor a prompt: what is typed.
         output: file of their answers.
+        task_id: the task of a prompt, and of rows that name none; for adapters that know several.
     """
 
     prompt: str | None = None
     source: Path | None = None
     output: Path | None = None
+    task_id: str | None = None
 
 
-def answer_prompt(adapter: Path, base: str | None, prompt: str, settings: Mapping[str, Any], as_json: bool) -> None:
-    """Answer one prompt."""
+def _load(adapter: Path, base: str | None, question: Question) -> LoadedAdapter:
     loaded = load_adapter(adapter, base)
-    answer = next(answer_rows(loaded, [("--prompt", prompt_row(loaded, prompt))], settings, 1))
+    if question.task_id is not None and not loaded.runtime.settings.task_names:
+        raise RecipeError("--task-id: has no effect: this adapter was not trained on several tasks")
+    return loaded
+
+
+def answer_prompt(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any], as_json: bool) -> None:
+    """Answer one prompt."""
+    loaded = _load(adapter, base, question)
+    assert question.prompt is not None
+    row = prompt_row(loaded, question.prompt, task_id=question.task_id)
+    answer = next(answer_rows(loaded, [("--prompt", row)], settings, 1))
     if as_json:
-        console.print_json({"prompt": prompt, **answer})
-    elif "probabilities" in answer:
-        console.print_text(answer["prediction"])
+        console.print_json({"prompt": question.prompt, **answer})
+    else:
+        print_answer(answer)
+
+
+def print_answer(answer: Mapping[str, Any]) -> None:
+    """A prediction and what goes with it, for people."""
+    prediction = answer["prediction"]
+    if isinstance(prediction, str):
+        console.print_text(prediction or "(no answer)")
+    else:
+        console.print_text(json.dumps(prediction, ensure_ascii=False))
+    if "probabilities" in answer:
         ranked = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
         console.print_table("", ["label", "probability"], ranked)
-    else:
-        console.print_text(answer["prediction"])
+    if answer.get("entities"):
+        rows = [(entity["type"], entity["text"], entity["start"], entity["end"]) for entity in answer["entities"]]
+        console.print_table("", ["type", "text", "start", "end"], rows)
+    if "score" in answer:
+        console.print_table("", ["score", "start", "end"], [(answer["score"], str(answer["start"]), str(answer["end"]))])
 
 
 def answer_file(
-    adapter: Path, base: str | None, source: Path, output: Path, settings: Mapping[str, Any], batch_size: int
-) -> int:
-    """Answer every row of a file; the output has the input's columns plus `prediction`."""
-    raw = read_rows(SourceSection(path=str(source.absolute())), Path())
-    loaded = load_adapter(adapter, base)
-    rows = [(origin, file_row(loaded, row, origin)) for origin, row in raw]
+    adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any], batch_size: int
+) -> tuple[int, Path]:
+    """Answer every row of a file; the output has the input's columns plus `prediction`. Returns rows and output."""
+    assert question.source is not None
+    assert question.output is not None
+    raw = read_rows(SourceSection(path=str(question.source.absolute())), Path())
+    loaded = _load(adapter, base, question)
+    rows = [(origin, file_row(loaded, row, origin, question.task_id)) for origin, row in raw]
     with console.progress(len(rows), "answering") as advance:
         answers = list(answer_rows(loaded, rows, settings, batch_size, advance))
     lines = [json.dumps(row | answer, ensure_ascii=False) for (_, row), answer in zip(raw, answers, strict=True)]
-    write_text(output, "".join(f"{line}\n" for line in lines))
-    return len(lines)
+    write_text(question.output, "".join(f"{line}\n" for line in lines))
+    return len(lines), question.output
 
 
-def chat(adapter: Path, base: str | None, settings: Mapping[str, Any]) -> None:
+def chat(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any]) -> None:
     """Answer what is typed, with history, streaming; an empty line or end of input ends it, `/new` forgets the history."""
-    loaded = load_adapter(adapter, base)
+    loaded = _load(adapter, base, question)
     history: list[dict[str, str]] = []
     if console.is_interactive():
         console.print_note("Type a message; /new starts over, an empty line ends.")
@@ -74,17 +100,20 @@ def chat(adapter: Path, base: str | None, settings: Mapping[str, Any]) -> None:
             if text == "/new":
                 history.clear()
                 continue
-            answer = _reply(loaded, text, history, settings)
+            answer = _reply(loaded, prompt_row(loaded, text, history, task_id=question.task_id), settings)
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
-def _reply(loaded: LoadedAdapter, text: str, history: list[dict[str, str]], settings: Mapping[str, Any]) -> str:
-    row = prompt_row(loaded, text, history)
+def _reply(loaded: LoadedAdapter, row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if not loaded.task.generates:
-        answer = next(answer_rows(loaded, [("input", row)], settings, 1))
-        console.print_text(f"{answer['prediction']} ({answer['probabilities'][answer['prediction']]:.1%})")
-        return str(answer["prediction"])
-    examples = encode_rows(loaded.prompts, [("input", row)], "the chat", target=False)
+        answer = next(answer_rows(loaded, [("input", dict(row))], settings, 1))
+        name = answer["prediction"]
+        if isinstance(name, str) and "probabilities" in answer:
+            console.print_text(f"{name} ({answer['probabilities'][name]:.1%})")
+        else:
+            print_answer(answer)
+        return str(name)
+    examples = encode_rows(loaded.prompts, [("input", dict(row))], "the chat", target=False)
     answers = generate(loaded, list(islice(examples, 1)), settings, console.print_part)
     console.print_text("")
     return answers[0]
@@ -108,9 +137,9 @@ def infer(
     if (source is None) != (output is None):
         raise RecipeError("--input and --output go together: a file of rows, and where their answers go")
     if prompt is not None:
-        answer_prompt(adapter, base, prompt, settings, as_json)
+        answer_prompt(adapter, base, question, settings, as_json)
     elif source is not None and output is not None:
-        num_rows = answer_file(adapter, base, source, output, settings, batch_size)
+        num_rows, output = answer_file(adapter, base, question, settings, batch_size)
         if as_json:
             console.print_json({"num_rows": num_rows, "output": str(output)})
         else:
@@ -118,4 +147,4 @@ def infer(
     elif as_json:
         raise RecipeError("--json needs --prompt or --input")
     else:
-        chat(adapter, base, settings)
+        chat(adapter, base, question, settings)

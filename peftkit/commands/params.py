@@ -6,9 +6,10 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.blueprint import Blueprint, draw_blueprint, parameters_by_module
-from peftkit.engine.data import count_labels
+from peftkit.engine.data import num_outputs
 from peftkit.engine.hardware import detect_hardware
-from peftkit.errors import RecipeError
+from peftkit.engine.model import load_tokenizer
+from peftkit.errors import LoadError, RecipeError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan, make_plan
 from peftkit.recipe import LoadedRecipe
@@ -17,9 +18,10 @@ from peftkit.recipe import LoadedRecipe
 def params(loaded: LoadedRecipe, methods: list[str], by_module: bool, as_json: bool) -> None:
     """Print the counts of one recipe, or of one recipe by method."""
     plan = make_plan(loaded, detect_hardware())
-    num_labels = count_labels(plan)
+    outputs = num_outputs(plan)
     plans = _by_method(plan, methods) if methods else [plan]
-    blueprints = [draw_blueprint(part, num_labels) for part in plans]
+    tokenizer = _tokenizer(plan)
+    blueprints = [draw_blueprint(part, outputs, tokenizer) for part in plans]
     results = [summary(part, blueprint) for part, blueprint in zip(plans, blueprints, strict=True)]
     if as_json:
         for result, blueprint in zip(results, blueprints, strict=True):
@@ -34,6 +36,14 @@ def params(loaded: LoadedRecipe, methods: list[str], by_module: bool, as_json: b
     for blueprint in blueprints if by_module else []:
         module_rows = [(row["module"], row["trainable_params"], row["all_params"]) for row in _modules(blueprint)]
         console.print_table("* stands for every layer", ["module", "trainable", "all"], module_rows)
+
+
+def _tokenizer(plan: Plan) -> Any:
+    """The model's tokenizer where it has one: counting needs only its config, except for methods that are given text."""
+    try:
+        return load_tokenizer(plan)
+    except LoadError:
+        return None
 
 
 def summary(plan: Plan, blueprint: Blueprint) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def plan(loaded: LoadedRecipe) -> dict[str, Any]:
     """Walk through all that `train` will do, up to the weights; returns what `--json` prints."""
     found = survey(loaded)
     decided, data, blueprint = found.plan, found.data, found.blueprint
-    longest = max(len(example.inputs["input_ids"]) for example in data.train)
+    longest = max(example.length for example in data.train)
     rows = {name: len(examples) for name, examples in data.splits.items()}
     return summary(decided, blueprint) | {
         "num_steps": num_steps(decided, len(data.train)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ from peftkit import console
 from peftkit.engine.adapter import attach_adapter
 from peftkit.engine.blueprint import Blueprint
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
-from peftkit.engine.data import fingerprints
+from peftkit.engine.data import Data, epoch_order, fingerprints
 from peftkit.engine.evaluate import flat_metrics
+from peftkit.engine.facts import facts_of, write_model_card
 from peftkit.engine.guard import explain_exhaustion
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
+from peftkit.engine.hooks import Context, hook
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
-from peftkit.engine.store import facts_of, initial_state, save_adapter, write_model_card
+from peftkit.engine.store import initial_state, save_adapter
 from peftkit.engine.survey import Survey, survey
 from peftkit.engine.trainer import Trainer
 from peftkit.errors import PeftkitError
-from peftkit.plan import Plan
+from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, environment, write_json
+from peftkit.tasks.base import Runtime
 
 
 def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
@@ -92,13 +96,14 @@ def _print_metrics(after: dict[str, Any], before: dict[str, Any]) -> None:
 def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[str, Any]:
     plan, tokenizer, data = found.plan, found.tokenizer, found.data
     base = base_of(plan)
-    base_model, missing = load_base_model(base, data.encoding.labels)
+    base_model, missing = load_base_model(base, data.encoding)
     set_pad_token(base_model, tokenizer)
-    model = attach_adapter(base_model, plan, missing)
+    runtime = plan.task.runtime(tokenizer, data.encoding)
+    context = training_context(plan, tokenizer, runtime, data)
+    model = attach_adapter(base_model, missing, context)
     if plan.recipe.training.gradient_checkpointing:
         base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     untrained = initial_state(model, plan)
-    runtime = plan.task.runtime(tokenizer, data.encoding)
     accelerator = start_accelerator(plan, run)
     trainer = Trainer(plan, model, runtime, data, run, accelerator, reporter)
     if plan.recipe.training.eval_on_start and "test" in data.splits and not trainer.is_resumed:
@@ -107,6 +112,8 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     evaluated = [split for split in ("validation", "test") if split in data.splits]
     metrics: dict[str, Any] = {split: flat_metrics(trainer.final_metrics(split)) for split in evaluated}
     summary = _summary(run, trainer, metrics)
+    if report := hook(plan.method, "report"):
+        summary["adapter"] = report(model)
     if accelerator.is_main_process:
         facts = facts_of(plan, base.path, data.encoding, data.format)
         rows = (data.splits.get("validation") or data.train)[:NUM_ROWS]
@@ -118,6 +125,23 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return summary
+
+
+def training_context(plan: Plan, tokenizer: Any, runtime: Runtime, data: Data) -> Context:
+    """What initialisations of the adapter may use: the run's steps, tokenizer and rows."""
+
+    def batches(num_rows: int) -> Iterator[dict[str, Any]]:
+        order = epoch_order(len(data.train), plan.recipe.training.seed, 0)
+        for start in range(0, len(order), num_rows):
+            yield runtime.collate([data.train[row] for row in order[start : start + num_rows]])
+
+    return Context(
+        plan=plan,
+        total_steps=num_steps(plan, len(data.train)),
+        tokenizer=tokenizer,
+        runtime=runtime,
+        batches=batches,
+    )
 
 
 def _summary(run: Run, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import peft
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parameters
-from peftkit.engine.model import base_of, head_modules, is_tied, load_config, meta_model, missing_weights
-from peftkit.engine.targets import count_matches, linear_leaf_names, matches
+from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parameters, modules_to_save
+from peftkit.engine.checks import ill_fitting, model_problems, unfit, unmatched
+from peftkit.engine.hooks import Context
+from peftkit.engine.model import base_of, load_config, meta_model, missing_weights
+from peftkit.engine.modules import is_tied
+from peftkit.engine.targets import count_matches, fused_experts
 from peftkit.errors import Problem, RecipeError
-from peftkit.methods.lora import LoraSection
 from peftkit.plan import Plan
-
-_INITS_BY_WEIGHT = ("pissa", "olora", "orthogonal", "mica")  # ranks beyond the matrix's own have nothing to start from
+from peftkit.tasks.base import Encoding
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,13 @@ class Blueprint:
         return 100 * self.trainable_params / self.all_params
 
 
-def draw_blueprint(plan: Plan, num_labels: int = 0) -> Blueprint:
+def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Blueprint:
     """Build the model and its adapter on the meta device and check every name that the recipe mentions.
 
     Args:
         plan: the plan.
         num_labels: classes of a classifier, where they are known already.
+        tokenizer: the model's, for methods that are given text.
 
     Raises:
         LoadError: the model's config cannot be read.
@@ -67,128 +65,42 @@ def draw_blueprint(plan: Plan, num_labels: int = 0) -> Blueprint:
     """
     labels = tuple(f"LABEL_{number}" for number in range(num_labels))
     base = base_of(plan)
-    config = load_config(base, labels)
+    config = load_config(base, Encoding(max_length=1, labels=labels))
     model = meta_model(base, config)
-    problems = list(_model_problems(plan, model))
+    problems = list(model_problems(plan, model))
     targets: dict[str, int] = {}
     reason = ""
-    if plan.method.kind == "peft":
-        problems += list(_unmatched(plan, model))
+    if "target_modules" in type(plan.recipe.adapter).model_fields:
+        problems += list(unmatched(plan, model))
         if not problems:
             resolved = adapter_targets(model, plan)
             names = [name for name, _ in model.named_modules()]
             targets, reason = count_matches(names, resolved.modules), resolved.reason
+            problems += list(ill_fitting(plan, model, resolved))
     if problems:
         raise RecipeError([Problem("", key, what) for key, what in problems])
-    tied, missing = is_tied(model), missing_weights(base, model) if plan.task.has_labels else set()
-    adapted = attach_adapter(model, plan, missing, meta=True)
+    notes = _expert_notes(plan, model)
+    tied, missing = is_tied(model), missing_weights(base, model) if plan.task.has_head else set()
+    adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer))
     if isinstance(adapted, peft.PeftModel):
-        if unfit := list(_unfit(plan, adapted)):
-            raise RecipeError([Problem("", key, what) for key, what in unfit])
+        if problems := list(unfit(plan, adapted)):
+            raise RecipeError([Problem("", key, what) for key, what in problems])
         targets = _real_counts(adapted, targets)
     trainable, total = count_parameters(adapted)
     saved = _saved_modules(adapted, model, plan)
-    return Blueprint(config, adapted, trainable, total, targets, reason, saved, _notes(plan, adapted, tied, missing))
-
-
-def _model_problems(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    if plan.recipe.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        yield "training.gradient_checkpointing", f"{type(model).__name__} does not support it"
-
-
-def _unmatched(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    """Every name in the adapter section that matches no module: PEFT passes over most of them in silence."""
-    section: Any = plan.recipe.adapter
-    assert isinstance(section, LoraSection)
-    modules = [name for name, _ in model.named_modules() if name]
-    checks = {
-        "target_modules": (section.target_modules if section.target_modules != "all-linear" else None, modules),
-        "exclude_modules": (section.exclude_modules, modules),
-        "modules_to_save": (section.modules_to_save, modules),
-        "target_parameters": (section.target_parameters, [name for name, _ in model.named_parameters()]),
-    }
-    for field, (entries, names) in checks.items():
-        if entries is None:
-            continue
-        for entry, count in count_matches(names, entries).items():
-            if count == 0:
-                yield f"adapter.{field}", f"`{entry}` matches nothing in {type(model).__name__}{_suggest(entry, names, model)}"
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(section, field):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules):
-                yield (
-                    f"adapter.{field}.{pattern}",
-                    f"matches nothing in {type(model).__name__}{_suggest(pattern, modules, model)}",
-                )
-    yield from _bad_indices(section, model)
-
-
-def _bad_indices(section: LoraSection, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    wanted = section.layers_to_transform
-    for index in [wanted] if isinstance(wanted, int) else wanted or []:
-        if layers is not None and not 0 <= index < layers:
-            yield (
-                "adapter.layers_to_transform",
-                f"there is no layer {index}; {type(model).__name__} has layers 0 to {layers - 1}",
-            )
-    tokens = section.trainable_token_indices or []
-    embedding = model.get_input_embeddings()
-    for index in tokens if isinstance(tokens, list) else [i for part in tokens.values() for i in part]:
-        if not 0 <= index < embedding.weight.shape[0]:
-            yield "adapter.trainable_token_indices", f"there is no token {index}; the model has {embedding.weight.shape[0]}"
-    modules = [name for name, _ in model.named_modules()]
-    for name in tokens if isinstance(tokens, dict) else []:
-        if not any(matches(module, [name]) for module in modules):
-            yield "adapter.trainable_token_indices", f"no embedding is called `{name}`{_suggest(name, modules, model)}"
-
-
-def _unfit(plan: Plan, adapted: peft.PeftModel) -> Iterator[tuple[str, str]]:
-    """Settings that only the adapted layers can tell to be impossible or without effect."""
-    section: Any = plan.recipe.adapter
-    if section.bias != "none" and not any(_is_base_bias(name) and p.requires_grad for name, p in adapted.named_parameters()):
-        what = "the adapted layers have no bias" if section.bias == "lora_only" else "the model has no bias"
-        yield "adapter.bias", f"`{section.bias}` has no effect: {what}"
-    init = str(section.init_lora_weights).partition("_")[0]
-    layers = [(name, layer) for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)]
-    for name, layer in layers if init in _INITS_BY_WEIGHT else []:
-        if what := _why_not_init(init, layer):
-            module = name.removeprefix("base_model.model.")
-            yield "adapter.init_lora_weights", f"`{init}` cannot start from `{module}`: {what}"
-            return  # the other layers are like it
-
-
-def _why_not_init(init: str, layer: LoraLayer) -> str:
-    """Why an initialisation from the base weight does not fit this layer; empty where it does."""
-    base, smaller = layer.get_base_layer(), min(layer.in_features, layer.out_features)
-    if isinstance(layer, ParamWrapper):
-        return "it holds a parameter that is no linear layer's"
-    if isinstance(base, nn.Embedding) and init != "mica":
-        return "it is an embedding"
-    if isinstance(base, Conv1D) and init == "olora":
-        return "PEFT 0.21 takes the transposed weight of GPT-2's layers for the weight itself; use pissa"
-    return f"`r` is {layer.r['default']}, its smaller side {smaller}" if layer.r["default"] > smaller else ""
-
-
-def _is_base_bias(name: str) -> bool:
-    return name.endswith(".bias") and not any(part in name for part in (".lora_", ".modules_to_save."))
-
-
-def _suggest(entry: str, names: list[str], model: PreTrainedModel) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    close = difflib.get_close_matches(entry, leaves, n=1, cutoff=0.7)
-    hint = f"; did you mean `{close[0]}`?" if close else ""
-    return f"{hint}; its linear layers: {', '.join(linear_leaf_names(model))}"
+    return Blueprint(config, adapted, trainable, total, targets, reason, saved, notes + _notes(plan, adapted, tied, missing))
 
 
 def _real_counts(adapted: peft.PeftModel, targets: dict[str, int]) -> dict[str, int]:
     """Matches that PEFT really adapted (excluded modules and other layers do not count)."""
-    hit = adapted.base_model.targeted_module_names
+    hit = getattr(adapted.base_model, "targeted_module_names", None)
+    if not targets or not hit:
+        return targets
     counts = {entry: count_matches(hit, entry if len(targets) == 1 else [entry])[entry] for entry in targets}
     if len(targets) == 1:  # a single entry may be a regular expression or a name
         counts = {entry: len(hit) for entry in targets}
     parameters = getattr(adapted.base_model, "targeted_parameter_names", [])
-    for entry in adapted.active_peft_config.target_parameters or []:
+    for entry in getattr(adapted.active_peft_config, "target_parameters", None) or []:
         counts[entry] = sum(name == entry or name.endswith(f".{entry}") for name in parameters)
     return counts
 
@@ -197,17 +109,28 @@ def _saved_modules(adapted: nn.Module, model: PreTrainedModel, plan: Plan) -> li
     if isinstance(adapted, peft.PeftModel):
         found = [name for name, module in adapted.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"]
         return [name.removeprefix("base_model.model.") for name in found]
-    return head_modules(model, plan.task) if plan.method.kind == "head" else []
+    return [] if plan.method.stands_alone else modules_to_save(model, set(), plan)
+
+
+def _expert_notes(plan: Plan, model: PreTrainedModel) -> list[str]:
+    """What default targets leave out where the experts are no linear layers."""
+    section: Any = plan.recipe.adapter
+    if getattr(section, "target_modules", "") not in (None, "all-linear") or getattr(section, "target_parameters", None):
+        return []
+    experts = fused_experts(model)
+    what = f"the experts of {type(model).__name__} are parameters, not linear layers, and stay as they are"
+    return [f"{what}; LoRA reaches them by `target_parameters: [{', '.join(experts)}]`"] if experts else []
 
 
 def _notes(plan: Plan, adapted: nn.Module, tied: bool, missing: set[str]) -> list[str]:
     notes = []
-    reason = plan.method.not_mergeable_with(plan.recipe.adapter)
+    reason = plan.method.not_mergeable or plan.method.not_mergeable_with(plan.recipe.adapter)
     if reason:
         notes.append(f"the adapter cannot be merged: {reason}")
     if isinstance(adapted, peft.PeftModel) and tied:
         embeddings = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_out")
-        hit = [name for name in adapted.base_model.targeted_module_names if name.rpartition(".")[2] in embeddings]
+        targeted = getattr(adapted.base_model, "targeted_module_names", [])
+        hit = [name for name in targeted if name.rpartition(".")[2] in embeddings]
         if hit:
             notes.append(
                 f"{', '.join(hit)} is tied to another embedding: the adapter works, but merging it would be wrong; "

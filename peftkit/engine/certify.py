@@ -12,10 +12,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from peftkit.engine.adapter import read_tensors
+from peftkit.engine.facts import TENSORS, AdapterFacts
 from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, set_pad_token
-from peftkit.engine.store import TENSORS, AdapterFacts, load_into
+from peftkit.engine.store import load_into
 from peftkit.errors import CertificateError, LoadError
+from peftkit.methods import METHODS
+from peftkit.methods.base import Method
 from peftkit.tasks.base import Example, Runtime
 
 NUM_ROWS = 8
@@ -71,9 +74,9 @@ def certify(
         CertificateError: with the cause.
     """
     try:
-        _check_tensors(folder)
+        _check_tensors(folder, METHODS[facts.method])
         # Another seed for the new head: one that was not saved cannot come out right by chance.
-        base, missing = load_base_model(facts.base_model(folder), runtime.settings.labels, head_seed=facts.seed + 1)
+        base, missing = load_base_model(facts.base_model(folder), runtime.settings, head_seed=facts.seed + 1)
         set_pad_token(base, runtime.tokenizer)
         model: Any = load_into(base, folder, facts.method, missing)
     except LoadError as error:
@@ -83,7 +86,7 @@ def certify(
     tolerance = TOLERANCE[facts.dtype] * scale_of(reference)
     result = {"max_abs_diff": difference, "tolerance": tolerance, "num_rows": len(examples), "passed": difference <= tolerance}
     if not result["passed"]:
-        cause = "a trained part was not saved" if facts.method != "full" else "the saved model is another one"
+        cause = "the saved model is another one" if METHODS[facts.method].stands_alone else "a trained part was not saved"
         raise CertificateError(
             f"certificate failed: reloaded logits differ by up to {difference:.3g} (allowed {tolerance:.3g}); {cause}, "
             f"or the base `{facts.base}` has changed"
@@ -91,10 +94,10 @@ def certify(
     return result
 
 
-def _check_tensors(folder: Path) -> None:
+def _check_tensors(folder: Path, method: Method) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in read_tensors(path).items():
-            if tensor.numel() == 0:
+            if tensor.numel() == 0 and not method.may_be_empty:
                 raise CertificateError(f"certificate failed: {path.name} holds an empty tensor: {name}")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise CertificateError(f"certificate failed: {path.name} holds NaN or infinity in {name}")

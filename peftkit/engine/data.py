@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftkit.engine.settle import settle_encoding
 from peftkit.engine.sources import Numbered, read_rows
-from peftkit.errors import DataError, Problem, RecipeError
+from peftkit.errors import DataError
 from peftkit.formats import FORMATS, detect_format
 from peftkit.formats.base import CanonicalRow, Format, RowError, columns_text
 from peftkit.plan import Plan
-from peftkit.recipe.schema import DataSection, SourceSection
+from peftkit.recipe.schema import SourceSection
 from peftkit.tasks.base import Encoding, Example, Runtime, Task, TooLong
 
 MAX_SHOWN = 5  # bad rows named in one message; the count is always given
@@ -46,7 +47,7 @@ class Data:
     @property
     def tokens_per_epoch(self) -> int:
         """Input tokens of one pass over the training rows, without padding."""
-        return sum(len(example.inputs["input_ids"]) for example in self.train)
+        return sum(example.num_input_tokens for example in self.train)
 
     @property
     def targets_per_epoch(self) -> int:
@@ -54,16 +55,17 @@ class Data:
         return sum(example.num_targets for example in self.train)
 
 
-def load_data(plan: Plan, tokenizer: Any, max_positions: int | None = None) -> Data:
+def load_data(plan: Plan, tokenizer: Any, max_positions: int | None = None, model_kind: str | None = None) -> Data:
     """Read, split and encode everything that the recipe's `data` names.
 
     Args:
         plan: the plan.
         tokenizer: the model's tokenizer.
         max_positions: longest input that the model can take, in tokens.
+        model_kind: `decoder`, `encoder` or `encoder-decoder`.
 
     Raises:
-        RecipeError: `data.max_length` is more than that.
+        RecipeError: `data.max_length` is more than that, or the rows leave a setting without effect.
         DataError: naming the rows that cannot be trained on and why.
     """
     data = plan.recipe.data
@@ -76,10 +78,7 @@ def load_data(plan: Plan, tokenizer: Any, max_positions: int | None = None) -> D
         canonical["train"], canonical["validation"] = split_rows(raw, data.validation, plan.recipe.training.seed)
     if data.test is not None:
         canonical["test"] = _read(plan, data.test)[0]
-    labels = tuple(data.labels or find_labels(canonical["train"])) if plan.task.has_labels else ()
-    if plan.task.has_labels and len(labels) < 2:
-        raise DataError(f"the training rows have {len(labels)} class(es) ({', '.join(labels)}); a classifier needs two")
-    encoding = Encoding(_max_length(data, max_positions), data.truncation, data.train_on, labels)
+    encoding = settle_encoding(plan, canonical["train"], max_positions, model_kind)
     runtime = plan.task.runtime(tokenizer, encoding)
     splits, dropped, truncated = {}, {}, {}
     for name, rows in canonical.items():
@@ -89,13 +88,14 @@ def load_data(plan: Plan, tokenizer: Any, max_positions: int | None = None) -> D
     return Data(splits, encoding, item.name, dropped, truncated)
 
 
-def _max_length(data: DataSection, max_positions: int | None) -> int:
-    if max_positions is None or data.max_length <= max_positions:
-        return data.max_length
-    if "max_length" in data.model_fields_set:
-        what = f"is {data.max_length}, but the model takes at most {max_positions} tokens"
-        raise RecipeError([Problem("", "data.max_length", what)])
-    return max_positions
+def num_outputs(plan: Plan) -> int:
+    """Outputs of the head, from the recipe or its rows; 0 where neither says."""
+    data = plan.recipe.data
+    if not plan.task.has_labels or data is None:
+        return 0
+    if data.labels and data.problem_type == "auto":
+        return len(data.labels)
+    return settle_encoding(plan, _read(plan, data.train)[0]).num_outputs
 
 
 def _read(plan: Plan, source: SourceSection) -> tuple[list[Numbered], Format]:
@@ -103,7 +103,8 @@ def _read(plan: Plan, source: SourceSection) -> tuple[list[Numbered], Format]:
     assert plan.recipe.data is not None
     raw = read_rows(source, plan.recipe_dir)
     item = choose_format(source, raw, plan.task)
-    return to_canonical(raw, item, system_prompt=plan.recipe.data.system_prompt), item
+    with_tasks = bool(plan.method.num_tasks_field)
+    return to_canonical(raw, item, system_prompt=plan.recipe.data.system_prompt, with_tasks=with_tasks), item
 
 
 def choose_format(source: SourceSection, raw: Sequence[Numbered], task: Task) -> Format:
@@ -111,9 +112,10 @@ def choose_format(source: SourceSection, raw: Sequence[Numbered], task: Task) ->
     if source.format != "auto":
         return FORMATS[source.format]
     row = raw[0][1]
-    item = detect_format(frozenset(row))
+    item = detect_format(frozenset(row), task.can_read)
     readable = [name for name, other in FORMATS.items() if task.can_read(other.yields)]
-    if item is None or not task.can_read(item.yields):
+    if item is None:
+        item = detect_format(frozenset(row))
         found = "no format has these columns" if item is None else f"they look like `{item.name}`"
         formats = "; ".join(f"{name}: {FORMATS[name].summary}" for name in readable)
         raise DataError(
@@ -124,9 +126,9 @@ def choose_format(source: SourceSection, raw: Sequence[Numbered], task: Task) ->
 
 
 def to_canonical(
-    raw: Sequence[Numbered], item: Format, *, target: bool = True, system_prompt: str | None = None
+    raw: Sequence[Numbered], item: Format, *, system_prompt: str | None = None, with_tasks: bool = False
 ) -> list[Numbered]:
-    """Rows in canonical columns.
+    """Rows in canonical columns, with their targets and, with `with_tasks`, their `task_id`.
 
     Raises:
         DataError: naming every row that the format cannot read (the first few in words).
@@ -134,7 +136,7 @@ def to_canonical(
     rows, bad = [], []
     for origin, row in raw:
         try:
-            canonical = item.convert(row, target)
+            canonical = item.convert(row, True) | (task_of(row) if with_tasks else {})
         except RowError as error:
             bad.append(f"{origin}: {error}")
             continue
@@ -142,6 +144,20 @@ def to_canonical(
     if bad:
         raise DataError(_many(f"rows that are not in format `{item.name}` ({item.summary})", bad))
     return rows
+
+
+def task_of(row: Mapping[str, Any]) -> CanonicalRow:
+    """The column `task_id` of a row.
+
+    Raises:
+        RowError: there is none, or it holds neither a name nor a whole number.
+    """
+    value = row.get("task_id")
+    if value is None or not str(value).strip():
+        raise RowError("no column `task_id`, which this adapter method needs (its name can be changed by `columns`)")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowError(f"column `task_id` holds {value!r}; a task is a name or a whole number")
+    return {"task_id": str(value)}
 
 
 def with_system_prompt(row: CanonicalRow, system_prompt: str | None) -> CanonicalRow:
@@ -153,10 +169,11 @@ def with_system_prompt(row: CanonicalRow, system_prompt: str | None) -> Canonica
 
 
 def split_rows(rows: list[Numbered], fraction: float, seed: int) -> tuple[list[Numbered], list[Numbered]]:
-    """Part of the rows for validation, drawn by the seed, by label where there are labels."""
+    """Part of the rows for validation, drawn by the seed, by label where rows have one each."""
     groups: dict[str, list[int]] = {}
     for index, (_, row) in enumerate(rows):
-        groups.setdefault(str(row.get("label", "")), []).append(index)
+        label = row.get("label", "")
+        groups.setdefault("" if isinstance(label, float | list) else str(label), []).append(index)
     chosen: set[int] = set()
     for name in sorted(groups):
         order = random.Random(f"{seed} {name}").sample(groups[name], len(groups[name]))
@@ -165,12 +182,6 @@ def split_rows(rows: list[Numbered], fraction: float, seed: int) -> tuple[list[N
         raise DataError(f"`data.validation: {fraction}` of {len(rows)} rows leaves one side empty; use another fraction")
     kept = [row for index, row in enumerate(rows) if index not in chosen]
     return kept, [rows[index] for index in sorted(chosen)]
-
-
-def find_labels(rows: Sequence[Numbered]) -> list[str]:
-    """The classes that occur, numbers in numeric order, names in alphabetical order."""
-    found = {str(row["label"]) for _, row in rows}
-    return sorted(found, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
 
 
 def encode_rows(runtime: Runtime, rows: Sequence[Numbered], split: str, *, target: bool = True) -> list[Example]:
@@ -209,17 +220,13 @@ def _many(heading: str, lines: Sequence[str]) -> str:
 
 
 def class_counts(data: Data) -> dict[str, int]:
-    """Rows per class in train, for tasks with labels."""
-    counts = Counter(example.labels for example in data.train if isinstance(example.labels, int))
-    return {name: counts.get(number, 0) for number, name in enumerate(data.encoding.labels)}
-
-
-def count_labels(plan: Plan) -> int:
-    """Number of classes of a classifier, from the recipe or its rows; 0 where neither says."""
-    data = plan.recipe.data
-    if not plan.task.has_labels or data is None:
-        return 0
-    return len(data.labels) if data.labels else len(find_labels(_read(plan, data.train)[0]))
+    """Rows (or words) per class in train, for tasks with labels."""
+    if not data.encoding.labels:
+        return {}
+    counts: Counter[str] = Counter()
+    for example in data.train:
+        counts.update(example.details["classes"])
+    return {name: counts.get(name, 0) for name in data.encoding.labels}
 
 
 def step_rows(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -259,6 +266,7 @@ def fingerprints(data: Data) -> dict[str, str]:
     for name, examples in data.splits.items():
         digest = hashlib.sha256()
         for example in examples:
-            digest.update(repr((example.inputs, example.labels)).encode())
+            task = () if example.task_id is None else (example.task_id,)
+            digest.update(repr((example.inputs, example.labels, *task)).encode())
         result[f"data.{name}"] = digest.hexdigest()
     return result

@@ -31,7 +31,7 @@ def score_examples(
     world, rank = 1, 0
     if torch.distributed.is_initialized():
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    mine = sorted(range(rank, len(examples), world), key=lambda index: len(examples[index].inputs["input_ids"]))
+    mine = sorted(range(rank, len(examples), world), key=lambda index: examples[index].length)
     was_training = model.training
     model.eval()
     results = []
@@ -57,8 +57,8 @@ def write_evaluation(run: Run, split: str, metrics: dict[str, Any], results: Seq
 
 
 def evaluation_lines(results: Sequence[dict[str, Any]]) -> str:
-    """Results as JSON lines."""
-    rows = [{key: value for key, value in result.items() if key != "index"} for result in results]
+    """Results as JSON lines, without what is for the metrics alone."""
+    rows = [{key: value for key, value in result.items() if key != "index" and not key.startswith("_")} for result in results]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Answers in the task's own form: generated text, or a label with its probabilities."""
+"""Answers in the task's own form: generated text, or what the task makes of the model's outputs."""
 
 from __future__ import annotations
 
@@ -18,43 +18,65 @@ from peftkit.tasks.base import Example
 Answer = dict[str, Any]
 
 
-def prompt_row(loaded: LoadedAdapter, text: str, history: Sequence[Mapping[str, str]] = ()) -> CanonicalRow:
+def prompt_row(
+    loaded: LoadedAdapter, text: str, history: Sequence[Mapping[str, str]] = (), *, task_id: str | None = None
+) -> CanonicalRow:
     """A prompt typed by a user as the canonical row that the adapter was trained on.
 
     Args:
         loaded: the adapter.
         text: what the user typed.
         history: earlier turns of a chat.
+        task_id: the task, for adapters that know several.
+
+    Raises:
+        DataError: the text is not what the task takes.
     """
     facts = loaded.facts
     columns = FORMATS[facts.format].yields if facts.format in FORMATS else ()
-    if loaded.task.has_labels:
-        return {"text": text}
+    tasks = {} if task_id is None else {"task_id": task_id}
+    if not loaded.task.generates:
+        try:
+            return loaded.runtime.prompt_row(text) | tasks
+        except RowError as error:
+            raise DataError(str(error)) from error
     has_template = bool(loaded.runtime.tokenizer.chat_template)
     if "messages" in columns or (not columns and has_template):
-        return with_system_prompt({"messages": [*history, {"role": "user", "content": text}]}, facts.system_prompt)
-    return {"text": text} if "text" in columns else {"prompt": text}
+        messages = [*history, {"role": "user", "content": text}]
+        return with_system_prompt({"messages": messages}, facts.system_prompt) | tasks
+    return {"text" if "text" in columns else "prompt": text} | tasks
 
 
-def file_row(loaded: LoadedAdapter, row: Mapping[str, Any], origin: str) -> CanonicalRow:
+def file_row(loaded: LoadedAdapter, row: Mapping[str, Any], origin: str, task_id: str | None = None) -> CanonicalRow:
     """A row of an input file as a canonical row without its target.
+
+    Args:
+        loaded: the adapter.
+        row: as read.
+        origin: `file:row`, for messages.
+        task_id: the task of rows that name none, for adapters that know several.
 
     Raises:
         DataError: the row has not the columns of the training format, nor a `prompt` or `text`.
     """
     facts = loaded.facts
     renamed = facts.rename(row)
-    item = FORMATS.get(facts.format) or detect_format(frozenset(renamed))
+    task = renamed.get("task_id", task_id) if loaded.runtime.settings.task_names else None
+    item = FORMATS.get(facts.format) or detect_format(frozenset(renamed), loaded.task.can_read)
     try:
         if item is not None and loaded.task.can_read(item.yields):
-            return with_system_prompt(item.convert(renamed, False), facts.system_prompt)
+            canonical = with_system_prompt(item.convert(renamed, False), facts.system_prompt)
+            return canonical | ({} if task is None else {"task_id": task})
     except RowError as error:
         if "prompt" not in renamed and "text" not in renamed:
             raise DataError(f"{origin}: {error}") from error
     text = renamed.get("prompt", renamed.get("text"))
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{origin}: no text in `prompt` or `text`; the row has {', '.join(row) or 'no columns'}")
-    return prompt_row(loaded, text)
+    try:
+        return prompt_row(loaded, text, task_id=task)
+    except DataError as error:
+        raise DataError(f"{origin}: {error}") from error
 
 
 def answer_rows(
@@ -73,6 +95,8 @@ def answer_rows(
         batch_size: rows per forward pass.
         on_batch: told how many rows are done.
     """
+    if loaded.method is not None and loaded.method.rows_interact:
+        batch_size = 1
     examples = encode_rows(loaded.prompts, rows, "the input", target=False)
     if len(examples) != len(rows):
         raise DataError(f"{len(rows) - len(examples)} rows are longer than {loaded.runtime.settings.max_length} tokens")
@@ -81,9 +105,9 @@ def answer_rows(
             scores = score_examples(
                 loaded.model, loaded.runtime, examples, batch_size=batch_size, device=loaded.device, on_batch=on_batch
             )
-        yield from ({key: score[key] for key in ("prediction", "probabilities")} for score in scores)
+        yield from (loaded.runtime.answer(score) for score in scores)
         return
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].inputs["input_ids"]))
+    order = sorted(range(len(examples)), key=lambda index: examples[index].length)
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

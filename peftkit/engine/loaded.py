@@ -14,10 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
-from peftkit.engine.store import AdapterFacts, load_into, read_facts
+from peftkit.engine.store import load_into
 from peftkit.errors import LoadError
+from peftkit.methods import METHODS
+from peftkit.methods.base import Method
 from peftkit.tasks import TASKS
 from peftkit.tasks.base import Encoding, Runtime, Task
 
@@ -46,11 +49,23 @@ class LoadedAdapter:
         return TASKS[self.facts.task]
 
     @property
+    def method(self) -> Method | None:
+        """The method's facts; None for an adapter of a type that is not known here."""
+        return METHODS.get(self.facts.method)
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest input in tokens that the model has positions for, beside the adapter's virtual tokens."""
+        config = getattr(self.model, "active_peft_config", None)
+        taken = config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+        return position_limit(self.model.config, self.runtime.tokenizer, taken)
+
+    @property
     def prompts(self) -> Runtime:
         """The runtime for prompts: bound by the model's positions, not by training's max_length, and none is cut in silence."""
         if not self.task.generates:
             return self.runtime
-        limit = position_limit(self.model.config, self.runtime.tokenizer) or sys.maxsize
+        limit = self.position_limit or sys.maxsize
         settings = dataclasses.replace(self.runtime.settings, max_length=limit, truncation="error")
         return self.task.runtime(self.runtime.tokenizer, settings)
 
@@ -99,10 +114,13 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
         if Path(source.path).is_absolute() and not Path(source.path).is_dir():
             raise LoadError(f"there is no folder `{source.path}`")
         tokenizer = read_tokenizer(str(folder) if has_tokenizer else source.path, None if has_tokenizer else source.revision)
-        model, missing = load_base_model(source, encoding.labels)
+        model, missing = load_base_model(source, encoding)
     except LoadError as error:
         raise LoadError(f"the base of the adapter {folder}: {error}; where it has moved, name it with --base") from error
     set_pad_token(model, tokenizer)
+    limit = position_limit(model.config, tokenizer)
+    if limit is not None and limit < encoding.max_length:  # of a plain adapter, which does not say
+        encoding = dataclasses.replace(encoding, max_length=limit)
     adapted: Any = load_into(model, folder, facts.method, missing)
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
     device = Accelerator().device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,33 +11,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.model import Base, load_base_model, set_pad_token
+from peftkit.engine.modules import with_conv1d
 from peftkit.errors import CertificateError, RecipeError
 from peftkit.methods import METHODS
 from peftkit.run import new_folder
 from peftkit.tasks.base import Example, Runtime, Task
 
-# Any text will do: what counts is that both models see the same.
-_PROBES = (
-    "The parcel came on Tuesday, but the lamp in it was broken.",
-    "How many apples are left?",
-    "yes",
-    "12 + 30 = 42, so it is.",
-)
 
-
-def probe_examples(runtime: Runtime, task: Task) -> list[Example]:
-    """Fixed rows for comparing two models of a task."""
-    cut = task.runtime(runtime.tokenizer, dataclasses.replace(runtime.settings, truncation="right"))
-    label = {"label": runtime.settings.labels[0]} if task.has_labels else {}
-    rows: list[dict[str, Any]] = [
-        {"text": text, **label} if task.has_labels else {"prompt": text, "completion": text} for text in _PROBES
-    ]
-    examples = [cut.encode(row, "probe") for row in rows]
+def probe_examples(runtime: Runtime, task: Task, max_length: int) -> list[Example]:
+    """Fixed rows for comparing two models of a task, cut where the model has no positions for more."""
+    cut = task.runtime(runtime.tokenizer, dataclasses.replace(runtime.settings, truncation="right", max_length=max_length))
+    examples = [cut.encode(row, "probe") for row in cut.probe_rows()]
     return [example for example in examples if example is not None]
 
 
@@ -58,10 +49,10 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"--output {output}: is not empty; name a new folder")
     wanted = str(next(loaded.model.parameters()).dtype).removeprefix("torch.") if dtype == "auto" else dtype
-    examples = probe_examples(loaded.runtime, loaded.task)
+    examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
     model = loaded.model.to("cpu").float()
     reference = reference_logits(model, loaded.runtime, examples)
-    merged = _merged(model, loaded.facts.method)
+    merged = with_conv1d(_merged(model, loaded.facts.method))
     exact = largest_difference(reference, reference_logits(merged, loaded.runtime, examples))
     _require(exact, TOLERANCE["float32"], reference, "merged")
     with new_folder(output) as folder:
@@ -82,18 +73,29 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
 
 
 def _merged(model: nn.Module, method: str) -> nn.Module:
-    if not isinstance(model, PeftModel):
-        return model  # `full` and `head` have trained the base's own tensors
     known = METHODS.get(method)
-    if known and (reason := known.not_mergeable or known.not_mergeable_with(model.active_peft_config)):
-        raise RecipeError(f"--adapter: {reason}")
+    if known and known.not_mergeable:
+        raise RecipeError(f"--adapter: a {method} adapter cannot be merged: {known.not_mergeable}")
+    if not isinstance(model, PeftModel):
+        return model  # trained in the base's own tensors
+    if known and (reason := known.not_mergeable_with(model.active_peft_config)):
+        raise RecipeError(f"--adapter: this adapter cannot be merged: {reason}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ties that merging breaks: the comparison of logits decides
-            return model.merge_and_unload(safe_merge=True)
+            return _unwrapped(model).merge_and_unload(safe_merge=True)  # type: ignore[operator]
     except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
         kind = "" if method in METHODS else f" ({method})"
         raise RecipeError(f"--adapter: this adapter cannot be merged{kind}: {error or type(error).__name__}") from error
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model with modules that were trained whole in their places; PEFT 0.21 cannot put all of them there."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.modules_to_save[module.active_adapters[0]])
+    return model
 
 
 def _require(difference: float, tolerance: float, reference: Sequence[torch.Tensor], what: str) -> None:

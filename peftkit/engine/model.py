@@ -6,7 +6,8 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from peftkit.engine.modules import is_tied, linearised
 from peftkit.errors import LoadError
 from peftkit.plan import Plan
 from peftkit.recipe.paths import find_path
 from peftkit.recipe.rules import EMBEDDED_MODELS
-from peftkit.tasks.base import Task
+from peftkit.tasks.base import Encoding, Task
 from peftkit.tasks.causal_lm_torch import default_chat_template
 
 EMBEDDED_SHA256 = {"embedded/all-MiniLM-L6-v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
@@ -45,6 +47,7 @@ class Base:
         trust_remote_code: whether code of the model's repository may run.
         use_safetensors: whether pickle weights are refused.
         config_overrides: keys of the config to change.
+        linear: whether GPT-2's Conv1D layers are to be turned into Linear.
     """
 
     path: str
@@ -57,6 +60,7 @@ class Base:
     trust_remote_code: bool = False
     use_safetensors: bool = True
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    linear: bool = False
 
 
 def base_of(plan: Plan) -> Base:
@@ -73,6 +77,7 @@ def base_of(plan: Plan) -> Base:
         trust_remote_code=section.trust_remote_code,
         use_safetensors=section.use_safetensors,
         config_overrides=section.config_overrides,
+        linear=plan.method.linear_only,
     )
 
 
@@ -142,8 +147,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_config(base: Base, labels: tuple[str, ...] = ()) -> PretrainedConfig:
-    """The model's config with the recipe's overrides and, for classifiers, the label maps.
+def load_config(base: Base, settings: Encoding | None = None) -> PretrainedConfig:
+    """The model's config with the recipe's overrides and, for tasks with a head, its size and label maps.
 
     Raises:
         LoadError: there is no config, or a key of `config_overrides` is not in it.
@@ -156,15 +161,19 @@ def load_config(base: Base, labels: tuple[str, ...] = ()) -> PretrainedConfig:
         if not hasattr(config, name):
             raise LoadError(f"model.config_overrides.{name}: the config of `{base.path}` has no such key")
         setattr(config, name, value)
-    return with_labels(config, labels)
+    return with_outputs(config, base.task, settings)
 
 
-def with_labels(config: PretrainedConfig, labels: tuple[str, ...]) -> PretrainedConfig:
-    """The config with the names of the classes."""
-    if labels:
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: number for number, name in enumerate(labels)}
+def with_outputs(config: PretrainedConfig, task: Task, settings: Encoding | None) -> PretrainedConfig:
+    """The config with the size of the head, the names of the classes and the problem type."""
+    num_outputs = (settings.num_outputs if settings else 0) or task.num_outputs
+    if num_outputs:
+        config.num_labels = num_outputs
+    if settings and settings.labels:
+        config.id2label = dict(enumerate(settings.labels))
+        config.label2id = {name: number for number, name in enumerate(settings.labels)}
+    if settings and settings.problem_type:
+        config.problem_type = settings.problem_type
     return config
 
 
@@ -172,30 +181,27 @@ def meta_model(base: Base, config: PretrainedConfig) -> PreTrainedModel:
     """The model's modules and parameter shapes without weights, embeddings tied as the checkpoint has them."""
     try:
         with torch.device("meta"):
-            model = _auto_class(base).from_config(
+            model = _auto_class(base, config).from_config(
                 config,
                 dtype=getattr(torch, base.dtype),
                 trust_remote_code=base.trust_remote_code,
                 attn_implementation=base.attn_implementation,
             )
-    except (ValueError, ImportError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         what = f"transformers cannot build a {base.task.name} model of type `{config.model_type}`: {first_line(error)}"
         raise LoadError(what) from error
     if is_tied(model) and _file_has_own_head(base):
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=head.weight.requires_grad)
         model.config.tie_word_embeddings = False
-    return model
+    return linearised(model) if base.linear else model
 
 
-def _auto_class(base: Base) -> Any:
-    return getattr(transformers, base.task.auto_class)
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether input and output embeddings are one tensor."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+def _auto_class(base: Base, config: PretrainedConfig) -> Any:
+    """The class of the task; for embeddings the encoder alone of models that have (or had) a decoder too."""
+    encoder_class = base.task.encoder_auto_class
+    only_encoder = encoder_class and (config.is_encoder_decoder or type(config)().is_encoder_decoder)
+    return getattr(transformers, encoder_class if only_encoder else base.task.auto_class)
 
 
 def _file_has_own_head(base: Base) -> bool:
@@ -231,7 +237,7 @@ def weight_names(base: Base) -> set[str] | None:
 
 
 def load_base_model(
-    base: Base, labels: tuple[str, ...] = (), *, head_seed: int | None = None
+    base: Base, settings: Encoding | None = None, *, head_seed: int | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
     """The base model with its weights, on the CPU, and the names of weights that its checkpoint lacks.
 
@@ -241,28 +247,56 @@ def load_base_model(
     Raises:
         LoadError: weights are missing (other than a new head), of another shape, or damaged.
     """
-    config = load_config(base, labels)
+    config = load_config(base, settings)
     dtype = base.dtype if base.dtype == "auto" else getattr(torch, base.dtype)
     transformers.set_seed(base.seed if head_seed is None or base.init == "random" else head_seed)
     common = {"attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code, "dtype": dtype}
     if base.init == "random":
-        return _auto_class(base).from_config(config, **common), set()
+        model = _auto_class(base, config).from_config(config, **common)
+        return linearised(model) if base.linear else model, set()
+    model, info = _from_pretrained(base, config, common)
+    if renamed := _other_prefix(model, info):
+        model, info = _from_pretrained(base, config, common | {"key_mapping": renamed})
+    if info["mismatched_keys"]:
+        raise LoadError(f"weights of `{base.path}` have other shapes than its config: {sorted(info['mismatched_keys'])[:3]}")
+    missing = set(info["missing_keys"])
+    if base.task.only_hidden_states:
+        missing = {name for name in missing if "pooler." not in name}
+    if missing and (not base.task.has_head or _lacks_layers(missing)):
+        raise LoadError(f"`{base.path}` lacks weights and would run on random ones: {sorted(missing)[:5]}")
+    return linearised(model) if base.linear else model, missing
+
+
+def _from_pretrained(base: Base, config: PretrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        model, info = _auto_class(base).from_pretrained(
+        model, info = _auto_class(base, config).from_pretrained(
             base.path,
             config=config,
             revision=base.revision,
             use_safetensors=base.use_safetensors or None,
             output_loading_info=True,
-            **common,
+            **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise LoadError(f"the model `{base.path}` cannot be loaded: {first_line(error)}") from error
-    if info["mismatched_keys"]:
-        raise LoadError(f"weights of `{base.path}` have other shapes than its config: {sorted(info['mismatched_keys'])[:3]}")
-    if not base.task.has_labels and info["missing_keys"]:
-        raise LoadError(f"`{base.path}` lacks weights and would run on random ones: {sorted(info['missing_keys'])[:5]}")
-    return model, set(info["missing_keys"])
+    return model, info
+
+
+def _lacks_layers(names: Iterable[str]) -> bool:
+    """Whether weights of the transformer's layers are among these, which no head has."""
+    return any(re.search(r"\.\d+\.", name) for name in names)
+
+
+def _other_prefix(model: PreTrainedModel, info: dict[str, Any]) -> dict[str, str]:
+    """How to rename a checkpoint's weights for a class that calls the backbone otherwise; empty where it does not.
+
+    transformers 5.23 would leave the whole backbone of LlamaForQuestionAnswering random: it is `transformer` there and
+    `model` in the checkpoint.
+    """
+    found = {name.partition(".")[0] for name in info["unexpected_keys"] if _lacks_layers([name])}
+    if len(found) != 1 or not _lacks_layers(info["missing_keys"]):
+        return {}
+    return {rf"^{found.pop()}\.": f"{model.base_model_prefix}."}
 
 
 def missing_weights(base: Base, model: PreTrainedModel) -> set[str]:
@@ -282,6 +316,19 @@ def set_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
+    summary = getattr(model, "sequence_summary", None)
+    if summary is not None and summary.summary_type == "last":
+        model.base_model.register_forward_hook(_padding_first, with_kwargs=True)
+
+
+def _padding_first(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Turn each row's hidden states (B, T, D) until its last token is at the end, where XLNet pools, padding or not."""
+    states, mask = output.last_hidden_state, kwargs.get("attention_mask")
+    if mask is not None:
+        num_padding = mask.shape[1] - mask.sum(dim=1, keepdim=True)  # (B, 1)
+        places = (torch.arange(states.shape[1], device=states.device) - num_padding) % states.shape[1]  # (B, T)
+        output.last_hidden_state = states.gather(1, places[:, :, None].expand_as(states))
+    return output
 
 
 def model_fingerprint(base: Base, config: PretrainedConfig) -> str:
@@ -297,30 +344,8 @@ def model_fingerprint(base: Base, config: PretrainedConfig) -> str:
     return f"sha256 {digest.hexdigest()}"
 
 
-def position_limit(config: PretrainedConfig, tokenizer: Any) -> int | None:
-    """Longest input in tokens that the model has positions for; None where there is no such bound."""
+def position_limit(config: PretrainedConfig, tokenizer: Any, taken: int = 0) -> int | None:
+    """Longest input in tokens that the model has positions for, without `taken` ones; None where there is no such bound."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10_000_000]
-    return min(known) if known else None
-
-
-def head_modules(model: PreTrainedModel, task: Task) -> list[str]:
-    """Names of the modules that make up the task's head: for classifiers all outside the backbone, else the output embedding.
-
-    Raises:
-        LoadError: the backbone cannot be told from the head.
-    """
-    if not task.has_labels:
-        output = model.get_output_embeddings()
-        return [name for name, module in model.named_modules() if module is output]
-    backbone = model.base_model_prefix
-    names = [name for name, module in model.named_children() if any(True for _ in module.parameters())]
-    if backbone not in names or names == [backbone]:
-        raise LoadError(f"{type(model).__name__} has no backbone `{backbone}` beside a head; its modules: {', '.join(names)}")
-    return [name for name in names if name != backbone]
-
-
-def new_modules(missing: set[str], head: list[str]) -> list[str]:
-    """Modules outside the head whose weights the checkpoint lacks (an untrained pooler): they must be trained and saved too."""
-    outside = {name.rpartition(".")[0] for name in missing if name.split(".")[0] not in head}
-    return sorted(outside)
+    return min(known) - taken if known else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.optimizers import create_loraplus_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 from transformers import Adafactor, get_scheduler
 
@@ -15,6 +15,13 @@ from peftkit.plan import Plan, warmup_steps
 def build_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     """The optimizer over the trained parameters; weight decay on matrices only, not on biases and norms."""
     training = plan.recipe.training
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return torch.optim.SGD([torch.zeros(1)])  # a run of no steps
+    if training.optim == "lorafa":
+        section: Any = plan.recipe.adapter
+        return create_lorafa_optimizer(
+            model, section.r, section.lora_alpha, plan.learning_rate, weight_decay=training.weight_decay
+        )
     optimizer_class, arguments = _class_and_arguments(plan)
     if training.loraplus_lr_ratio is not None:
         if training.loraplus_lr_embedding is not None:
@@ -23,10 +30,15 @@ def build_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
         return create_loraplus_optimizer(
             model, optimizer_class, lr=plan.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio, **arguments
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = {
+        name: parameter
+        for name, parameter in trained.items()
+        if parameter.ndim >= 2 and not any(part in name for part in plan.method.no_decay)
+    }
     groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": list(matrices.values()), "weight_decay": training.weight_decay},
+        {"params": [parameter for name, parameter in trained.items() if name not in matrices], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     return optimizer_class(groups, lr=plan.learning_rate, **arguments)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,103 +16,26 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftkit.engine.adapter import adapter_state, read_tensors, trainable_state
-from peftkit.engine.model import Base, is_tied
+from peftkit.engine.adapted import AdaptedModel
+from peftkit.engine.adapter import adapter_state, head_by_hand, read_tensors, trainable_state
+from peftkit.engine.facts import CONFIG, FACTS, TENSORS, AdapterFacts, read_mapping
+from peftkit.engine.hooks import hook
+from peftkit.engine.modules import is_tied
 from peftkit.errors import LoadError
+from peftkit.methods import METHODS
+from peftkit.methods.base import Method
 from peftkit.plan import Plan
-from peftkit.run import new_folder, write_json, write_text
-from peftkit.tasks import TASKS
-from peftkit.tasks.base import Encoding
+from peftkit.run import new_folder, write_json
 
-FACTS, CONFIG, TENSORS = "peftkit.json", "adapter_config.json", "adapter_model.safetensors"
+HEAD = "head.safetensors"  # trained tensors of the base model that the PEFT config has no field for
+SETTINGS = "adapter_settings"  # where a model with layers of ours keeps the section that they were made from
 
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """What peftkit.json keeps beside the adapter, so that inference repeats what training did.
-
-    Attributes:
-        task: task type.
-        method: adapter method.
-        base: base model, as it was loaded.
-        revision: its revision.
-        dtype: dtype of the frozen weights.
-        mixed_precision: autocast of the run.
-        format: format of the training rows.
-        columns: our column names -> those of the training file.
-        encoding: how rows became token ids.
-        system_prompt: system message for rows that have none.
-        generation: settings of the recipe's generation section.
-        trust_remote_code: as in the recipe.
-        init: `random` where the base was built from its config with `seed`.
-        seed: seed of the run.
-        config_overrides: changed keys of the model's config.
-        attn_implementation: attention kernel of the run.
-    """
-
-    task: str
-    method: str
-    base: str
-    revision: str | None = None
-    dtype: str = "auto"
-    mixed_precision: str = "no"
-    format: str = "auto"
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    encoding: Encoding | None = None
-    system_prompt: str | None = None
-    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
-    trust_remote_code: bool = False
-    init: str = "pretrained"
-    seed: int = 0
-    config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    attn_implementation: str | None = None
-
-    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row with the columns that the training rows were renamed from, renamed alike."""
-        return dict(row) | {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
-
-    def base_model(self, folder: Path) -> Base:
-        """The base model that the adapter in `folder` goes onto; for `full` the folder itself is the model."""
-        full = self.method == "full"
-        return Base(
-            path=str(folder) if full else self.base,
-            task=TASKS[self.task],
-            dtype=self.dtype,
-            revision=None if full else self.revision,
-            init="pretrained" if full else self.init,
-            seed=self.seed,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            config_overrides={} if full else self.config_overrides,
-        )
-
-
-def facts_of(plan: Plan, base: str, encoding: Encoding, data_format: str) -> AdapterFacts:
-    """The facts of a run's adapter."""
-    recipe = plan.recipe
-    return AdapterFacts(
-        task=recipe.task,
-        method=plan.method.name,
-        base=base,
-        revision=recipe.model.revision,
-        dtype=plan.dtype,
-        mixed_precision=plan.mixed_precision,
-        format=data_format,
-        columns=dict(recipe.data.train.columns) if recipe.data else {},
-        encoding=encoding,
-        system_prompt=recipe.data.system_prompt if recipe.data else None,
-        generation=recipe.generation.model_dump(mode="json") if plan.task.generates else {},
-        trust_remote_code=recipe.model.trust_remote_code,
-        init=recipe.model.init,
-        seed=recipe.training.seed,
-        config_overrides=dict(recipe.model.config_overrides),
-        attn_implementation=recipe.model.attn_implementation,
-    )
+_PROMPT_TENSORS = {"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"}  # PEFT loads them, and calls them unexpected
 
 
 def initial_state(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     """The untrained adapter, for initialisations that change the base; empty for all others."""
-    if plan.method.kind != "peft" or not plan.method.changes_base(plan.recipe.adapter):
+    if not plan.method.changes_base(plan.recipe.adapter):
         return {}
     return adapter_state(model)
 
@@ -133,10 +53,10 @@ def save_adapter(path: Path, model: nn.Module, tokenizer: Any, facts: AdapterFac
     with new_folder(path) as folder:
         if isinstance(model, PeftModel):
             _save_peft(folder, model, facts, initial)
-        elif facts.method == "full":
+        elif METHODS[facts.method].stands_alone:
             model.save_pretrained(folder)  # type: ignore[operator]
         else:
-            _save_subset(folder, model, facts)
+            _save_ours(folder, model, facts)
         tokenizer.save_pretrained(folder)
         if facts.generation:
             _generation_config(model, tokenizer).save_pretrained(folder)
@@ -144,9 +64,16 @@ def save_adapter(path: Path, model: nn.Module, tokenizer: Any, facts: AdapterFac
 
 
 def _save_peft(folder: Path, model: PeftModel, facts: AdapterFacts, initial: dict[str, torch.Tensor]) -> None:
-    state = adapter_state(model)
+    method = METHODS[facts.method]
+    if before := hook(method, "before_save"):
+        before(model)
+    own_state = hook(method, "adapter_state")
+    state = own_state(model) if own_state else None
+    state = adapter_state(model) if state is None else state
     config = model.active_peft_config.to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": facts.base, "task_type": facts.task}
+    if stored := hook(method, "stored_fields"):
+        config |= stored(config)
     if initial:
         state, config = as_plain_lora(state, initial, config)
     with warnings.catch_warnings():
@@ -154,6 +81,10 @@ def _save_peft(folder: Path, model: PeftModel, facts: AdapterFacts, initial: dic
         saved = type(model.active_peft_config)(**{key: value for key, value in config.items() if key != "peft_type"})
     saved.save_pretrained(str(folder))
     save_file(state, folder / TENSORS, metadata={"format": "pt"})
+    if head := head_by_hand(model):
+        save_file(head, folder / HEAD, metadata={"format": "pt"})
+    if further := hook(method, "save"):
+        further(model, folder)
 
 
 def as_plain_lora(
@@ -182,14 +113,17 @@ def as_plain_lora(
     return result, config | changed
 
 
-def _save_subset(folder: Path, model: nn.Module, facts: AdapterFacts) -> None:
+def _save_ours(folder: Path, model: nn.Module, facts: AdapterFacts) -> None:
     save_file(trainable_state(model), folder / TENSORS, metadata={"format": "pt"})
+    settings = getattr(model, SETTINGS, {})
+    what = "belong to layers put into the base model" if settings else "replace those of the same name in the base model"
     config = {
         "peft_type": facts.method.upper(),
         "task_type": facts.task,
         "base_model_name_or_path": facts.base,
         "revision": facts.revision,
-        "note": "written by peftkit: these tensors replace those of the same name in the base model",
+        "settings": settings,
+        "note": f"written by peftkit, which alone can load it: these tensors {what}",
     }
     write_json(folder / CONFIG, config)
 
@@ -218,52 +152,6 @@ def _turn_ends(tokenizer: Any) -> list[int]:
     return [token for token in tail if token in tokenizer.all_special_ids]
 
 
-def read_facts(folder: Path, base: str | None = None) -> AdapterFacts:
-    """The facts of an adapter folder; of a plain PEFT adapter, as far as its config and tensors tell.
-
-    Raises:
-        LoadError: it is no adapter folder, or its base is not known.
-    """
-    if (folder / FACTS).is_file():
-        data = _read_mapping(folder / FACTS)
-        try:
-            encoding = Encoding(**data["encoding"] | {"labels": tuple(data["encoding"]["labels"])})
-            return AdapterFacts(**data | {"encoding": encoding} | ({"base": base} if base else {}))
-        except (KeyError, TypeError) as error:
-            raise LoadError(f"{folder / FACTS} is damaged or of another version of peftkit: {error}") from error
-    if not (folder / CONFIG).is_file():
-        raise LoadError(f"{folder} is no adapter: it has neither {FACTS} nor {CONFIG}")
-    config = _read_mapping(folder / CONFIG)
-    found = base or config.get("base_model_name_or_path")
-    if not found:
-        raise LoadError(f"{folder} does not say its base model; name it with --base")
-    if not config.get("task_type"):
-        raise LoadError(f"{folder}/{CONFIG} has no task_type, so its model class cannot be told")
-    labels = tuple(f"LABEL_{number}" for number in range(_num_labels(folder))) if config["task_type"] == "SEQ_CLS" else ()
-    encoding = Encoding(max_length=4096, truncation="right", labels=labels)
-    return AdapterFacts(config["task_type"], config["peft_type"].lower(), found, config.get("revision"), encoding=encoding)
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise LoadError(f"{path} holds no mapping")
-    return data
-
-
-def _num_labels(folder: Path) -> int:
-    """Rows of the saved head's last matrix."""
-    heads = ("classifier", "score", "out_proj", "logits_proj")
-    state = read_tensors(folder / TENSORS)
-    sizes = [tensor.shape[0] for name, tensor in state.items() if name.endswith(tuple(f"{head}.weight" for head in heads))]
-    if not sizes:
-        raise LoadError(f"{folder} has no classification head: its number of classes is not known")
-    return int(sizes[-1])
-
-
 def load_into(base: PreTrainedModel, folder: Path, method: str, missing: set[str]) -> nn.Module:
     """Put the adapter of a folder onto a fresh base model; for `full` the base is the model.
 
@@ -276,26 +164,40 @@ def load_into(base: PreTrainedModel, folder: Path, method: str, missing: set[str
     Raises:
         LoadError: tensors are missing, unexpected or of another shape.
     """
-    in_file = {} if method == "full" else read_tensors(folder / TENSORS)
-    if random := sorted(missing - {name.removeprefix("base_model.model.") for name in in_file}):
+    known = METHODS.get(method)
+    in_file = {} if known and known.stands_alone else read_tensors(folder / TENSORS)
+    if (folder / HEAD).is_file():
+        head = read_tensors(folder / HEAD)
+        _load_subset(base, folder, head)
+        missing = missing - head.keys()
+    if random := sorted(missing - {name.removeprefix("base_model.model.").removeprefix("base_model.") for name in in_file}):
         raise LoadError(f"neither {folder} nor its base has weights for {', '.join(random[:3])}: they would be random")
-    if method == "full":
+    if known and known.stands_alone:
         return base.eval()
-    return _load_subset(base, folder, in_file) if method == "head" else _load_peft(base, folder, in_file)
+    if known is None or known.in_peft:
+        return _load_peft(base, folder, in_file, known)
+    if known.kind == "modules":
+        attach = hook(known, "attach")
+        assert attach is not None, "a method of ours brings its own modules"
+        base = attach(base, known.section.model_validate(read_mapping(folder / CONFIG)["settings"]), [])
+    return _load_subset(base, folder, in_file)
 
 
-def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Tensor]) -> nn.Module:
+def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Tensor], method: Method | None) -> nn.Module:
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of here was settled before training
-            model = PeftModel(base, config)
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.inference_mode = True
+            load = hook(method, "load") if method else None
+            if load and (loaded := load(AdaptedModel, base, config, folder)) is not None:
+                return loaded.eval()
+            model = AdaptedModel(base, config)
         _match_dtypes(model, in_file)
         if missing := sorted(adapter_state(model).keys() - in_file.keys()):
             raise LoadError(f"the adapter {folder} does not fit {type(base).__name__}: it lacks {', '.join(missing[:3])}")
-        unexpected = sorted(model.load_adapter(str(folder), "default").unexpected_keys)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        unexpected = sorted(set(model.load_adapter(str(folder), "default").unexpected_keys) - _PROMPT_TENSORS)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise LoadError(f"the adapter {folder} cannot be loaded onto {type(base).__name__}: {error}") from error
     if unexpected:
         raise LoadError(
@@ -330,25 +232,3 @@ def _load_subset(base: PreTrainedModel, folder: Path, state: dict[str, torch.Ten
                 )
             own[name].copy_(tensor)
     return base.eval()
-
-
-def write_model_card(path: Path, facts: AdapterFacts, metrics: dict[str, Any], certificate: dict[str, Any]) -> None:
-    """README.md of the adapter folder: base, task, method, metrics, certificate."""
-    header = {
-        "base_model": facts.base,
-        "library_name": "transformers" if facts.method == "full" else "peft",
-        "tags": [facts.method],
-    }
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
-        "---",
-        "",
-        f"# {facts.method} for {facts.base}",
-        "",
-    ]
-    lines += [f"Trained for {facts.task} with peftkit on rows in `{facts.format}` format.", ""]
-    for split, values in metrics.items():
-        lines.append(f"- {split}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    lines.append(f"- certificate: largest difference of logits after reload {certificate['max_abs_diff']:.3g}")
-    write_text(path / "README.md", "\n".join(lines) + "\n")

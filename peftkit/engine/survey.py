@@ -11,6 +11,7 @@ from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
 from peftkit.plan import Plan, make_plan
 from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.fit import model_kind
 
 
 @dataclass(frozen=True)
@@ -31,5 +32,7 @@ def survey(loaded: LoadedRecipe) -> Survey:
     """
     plan = make_plan(loaded, detect_hardware())
     tokenizer = load_tokenizer(plan)
-    data = load_data(plan, tokenizer, position_limit(load_config(base_of(plan)), tokenizer))
-    return Survey(plan, tokenizer, data, draw_blueprint(plan, len(data.encoding.labels)))
+    config = load_config(base_of(plan))
+    limit = position_limit(config, tokenizer, plan.method.virtual_tokens(plan.recipe.adapter))
+    data = load_data(plan, tokenizer, limit, model_kind(config.to_dict()))
+    return Survey(plan, tokenizer, data, draw_blueprint(plan, data.encoding.num_outputs, tokenizer))

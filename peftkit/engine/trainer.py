@@ -19,15 +19,18 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from peftkit.engine.adapter import trained_parameters
 from peftkit.engine.checkpoint import Progress, list_checkpoints, load_best, load_checkpoint, save_best, save_checkpoint
+from peftkit.engine.coupled import coupled_backward
 from peftkit.engine.data import Data, micro_batches, step_rows
 from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
 from peftkit.engine.hardware import peak_memory_bytes
+from peftkit.engine.hooks import ExtraState, hook
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.errors import NonFiniteError, Stopped
 from peftkit.plan import Plan, num_steps, steps_per_epoch
 from peftkit.run import Run
-from peftkit.tasks.base import IGNORE_INDEX, Example, Runtime
+from peftkit.tasks.base import Runtime
 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
 
@@ -79,19 +82,27 @@ class Trainer:
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.total_steps = num_steps(self.plan, len(self.data.train))
+        self.total_steps = num_steps(self.plan, len(self.data.train)) if trained_parameters(self.model) else 0
         self.per_epoch = steps_per_epoch(self.plan, len(self.data.train))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(self.model, self.plan)
         self.scheduler = build_scheduler(optimizer, self.plan, self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.parts: dict[str, Any] = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        if hook(self.plan.method, "extra_state"):
+            self.parts["adapter"] = ExtraState(self.plan.method, self.model)
         if self.accelerator.scaler is not None:
             self.parts["scaler"] = self.accelerator.scaler
         self.stop_signal = 0
         self.skipped_steps = 0
-        self.last_loss = math.nan
+        self.last_loss: float | None = None
         self.holds_best = False
+
+    @property
+    def metric_for_best(self) -> str:
+        """The metric that decides which adapter is best."""
+        stated = self.plan.recipe.training.metric_for_best_model
+        return stated or self.plan.task.default_metric_for(self.data.encoding)
 
     @property
     def is_resumed(self) -> bool:
@@ -120,7 +131,7 @@ class Trainer:
         if self.plan.keeps_best and self.progress.best_step != self.progress.step:
             load_best(self.run, self.model)
             self.holds_best = True
-            self.reporter.note(f"kept the adapter of step {self.progress.best_step}, the best by {self.plan.metric_for_best}")
+            self.reporter.note(f"kept the adapter of step {self.progress.best_step}, the best by {self.metric_for_best}")
 
     def _resume(self) -> None:
         checkpoints = list_checkpoints(self.run)
@@ -151,28 +162,53 @@ class Trainer:
 
     def _forward_backward(self, rows: list[int], num_targets: int) -> float:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
-        accelerator, losses = self.accelerator, []
+        accelerator = self.accelerator
         chunks = micro_batches(rows, self.plan.micro_batch_size, accelerator.num_processes, accelerator.process_index)
-        for number, chunk in enumerate(chunks):
-            last = number == len(chunks) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                loss = self._loss_sum(chunk, rows) / num_targets
-                # DDP averages gradients over processes, but a sum of shares is wanted.
-                accelerator.backward(loss * accelerator.num_processes)
-            losses.append(loss.detach())
+        if self.runtime.couples_rows and len(rows) > self.plan.micro_batch_size:
+            losses = [coupled_backward(self, [self._batch(chunk, rows) for chunk in chunks], num_targets)]
+        else:
+            losses = self._separate_losses(chunks, rows, num_targets)
         total = accelerator.reduce(torch.stack(losses).sum(), reduction="sum")
         if not torch.isfinite(total):
-            bad = [chunk for chunk, loss in zip(chunks, losses, strict=True) if not torch.isfinite(loss)]
+            each = zip(chunks, losses, strict=True) if len(losses) == len(chunks) else []
+            bad = [chunk for chunk, loss in each if not torch.isfinite(loss)]
             self._fail("the loss", total.item(), [row for chunk in bad for row in chunk] or rows)
         return total.item()
 
-    def _loss_sum(self, chunk: list[int], rows: list[int]) -> torch.Tensor:
+    def _separate_losses(self, chunks: list[list[int]], rows: list[int], num_targets: int) -> list[torch.Tensor]:
+        """Each micro-batch's share of the loss, with its gradient; a method's own terms are trained on but not reported."""
+        accelerator, losses = self.accelerator, []
+        for number, chunk in enumerate(chunks):
+            last = number == len(chunks) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                batch = self._batch(chunk, rows)
+                outputs = self.runtime.forward(self.wrapped, batch)
+                loss = self.loss_sum(outputs, batch["labels"]) / num_targets
+                trained_on = loss + self._method_terms(batch, num_targets, last=last)
+                # DDP averages gradients over processes, but a sum of shares is wanted.
+                accelerator.backward(trained_on * accelerator.num_processes)
+            losses.append(loss.detach())
+        return losses
+
+    def loss_sum(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The task's loss, with the recipe's label smoothing, summed over the targets."""
+        return self.runtime.loss_sum(outputs, labels, self.plan.recipe.training.label_smoothing_factor)
+
+    def _method_terms(self, batch: dict[str, torch.Tensor], num_targets: int, *, last: bool) -> torch.Tensor | float:
+        """Terms that the adapter method adds to the loss (AdaLoRA's orthogonality, Shadow's own loss)."""
+        terms: torch.Tensor | float = 0.0
+        if batch_penalty := hook(self.plan.method, "batch_penalty"):
+            terms = terms + batch_penalty(self.model, batch, self.loss_sum) / num_targets
+        if last and (penalty := hook(self.plan.method, "penalty")):
+            terms = terms + penalty(self.model) / self.accelerator.num_processes
+        return terms
+
+    def _batch(self, chunk: list[int], rows: list[int]) -> dict[str, torch.Tensor]:
+        """A micro-batch on the device."""
         examples = [self.data.train[row] for row in chunk]
         if not examples:  # more processes than rows are left: take part in the backward pass with a loss of zero
-            examples = [_without_targets(self.data.train[rows[0]])]
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in self.runtime.collate(examples).items()}
-        logits = self.runtime.forward(self.wrapped, batch)
-        return self.runtime.loss_sum(logits, batch["labels"], self.plan.recipe.training.label_smoothing_factor)
+            examples = [self.data.train[rows[0]].without_targets()]
+        return {name: tensor.to(self.accelerator.device) for name, tensor in self.runtime.collate(examples).items()}
 
     def _update(self, rows: list[int]) -> float:
         """Clip, check, step; returns the gradient norm before clipping."""
@@ -187,6 +223,8 @@ class Trainer:
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
+            if after_step := hook(self.plan.method, "after_step"):
+                after_step(self.model, self.progress.step)
         self.optimizer.zero_grad()
         norms = torch._foreach_norm([parameter.detach() for parameter in self.trained])
         if not torch.stack([norm.float() for norm in norms]).isfinite().all():  # one wait for the device, not one a parameter
@@ -284,7 +322,7 @@ class Trainer:
     def _evaluate_and_compare(self) -> None:
         metrics, progress, training = self.evaluate("validation"), self.progress, self.plan.recipe.training
         self.last_metrics = metrics
-        name = self.plan.metric_for_best
+        name = self.metric_for_best
         value, sign = metrics[name], 1 if self.plan.task.metrics[name] else -1
         if not math.isfinite(metrics["loss"]):
             self._fail("the validation loss", metrics["loss"], [])
@@ -344,8 +382,3 @@ class Trainer:
         flag = torch.tensor(self.stop_signal, device=self.accelerator.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return int(flag)
-
-
-def _without_targets(example: Example) -> Example:
-    labels = [IGNORE_INDEX] * len(example.labels) if isinstance(example.labels, list) else IGNORE_INDEX
-    return Example(example.inputs, labels, 0, example.origin, example.num_tokens)

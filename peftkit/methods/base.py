@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Literal
 
 from peftkit.section import Section
+
+ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
+Quantization = Literal["4bit", "8bit"]
+Targets = Literal["", "suffix", "query_value", "key_value_feedforward", "value", "all_linear", "norms", "embedding"]
+
+EVERY_TASK = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+EVERY_KIND: tuple[ModelKind, ...] = ("decoder", "encoder", "encoder-decoder")
+WITHOUT_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+BOTH: tuple[Quantization, ...] = ("4bit", "8bit")
 
 
 @dataclass(frozen=True)
@@ -14,36 +25,114 @@ class Method:
     """One adapter method.
 
     Attributes:
-        name: the value of `adapter.method`.
+        name: the value of `adapter.method`, PEFT's type name in lower case.
         summary: one line for `peftkit methods`, with the paper.
         section: the recipe section; its fields are PEFT's own.
-        kind: `peft` is injected by PEFT; `head` and `full` train parameters of the base model itself.
-        peft_config: class name in `peft`, for kind `peft`.
+        kind: where its parameters are. `weights`: in layers that PEFT puts around the base model's; `prompt`: in virtual
+            tokens (or keys and values) that PEFT holds; `subset`: among the base model's own; `modules`: in layers of ours.
         learning_rate: what `training.learning_rate: auto` becomes.
         learning_rate_source: where that figure comes from.
         task_learning_rates: task -> (rate, source) where a task wants another one.
-        left_out: PEFT fields that a recipe cannot state, each with the reason.
-        other_defaults: fields whose default differs from PEFT's, each with the reason.
-        check: yields (field, sentence) for settings that cannot work together.
+        peft_config: class name in `peft`, for `weights` and `prompt`.
+        tasks: task types that it works on.
+        model_kinds: architectures that it works on.
+        tasks_with: task types that this section in particular works on.
+        trains_nothing: whether this section puts together what is trained already, in a run of no steps.
+        without: pairs of task and architecture among those that it does not work on.
+        model_types: `model_type` of the base models that it works on; empty: all of those kinds.
+        lacks: why a model of this config.json has nothing for it; empty where it has, or where that cannot be told.
+        why_not: why it does not work on the others; empty where it works on all.
+        quantizations: quantised base layers that it trains on correctly.
+        why_not_quantized: what happens on the others.
+        not_mergeable: why it can never be merged into the base model; empty where it can.
         not_mergeable_with: reason why this section (or PEFT config: the fields are the same) in particular cannot be merged, or
             an empty string.
+        several_adapters: whether one base model can hold several of its adapters.
+        mixed_batches: whether the rows of one batch can use different adapters.
         changes_base: whether the initialisation of this section changes base weights.
+        targets: which modules are adapted where the recipe does not say and PEFT has no entry for the model type; `suffix`:
+            PEFT chooses, and reads what the recipe says as the end of a name.
+        linear_only: whether PEFT refuses GPT-2's Conv1D for it, which is then turned into Linear.
+        num_tasks_field: the field that holds the number of tasks, for methods that learn from a `task_id` column.
+        lora_plus: whether LoRA+ and LoRA-FA, which treat lora_A and lora_B apart, are defined for it.
+        virtual_tokens_in: for `prompt`: what they are in front of.
+        trains_output: whether it trains the output embedding of a language model, which is no new head.
+        trains: for `subset`: whether a parameter of this name is trained; the task's head always is.
+        stands_alone: whether the saved folder is a whole model.
+        to_lora: whether PEFT can approximate its updates by a LoRA's.
+        trained_shapes: (section, in_features, out_features, has a bias) -> shapes trained in one layer, for methods that PEFT
+            cannot build on the meta device.
+        shared_shapes: shapes that such a method trains once for the whole model.
+        needs_whole_weights: whether its shapes depend on the weights' values, so that no plan can count them exactly.
+        virtual_tokens: positions that this section takes from the model's.
+        no_decay: parts of names of trained matrices that weight decay would pull away from where they start, which is not zero.
+        rows_interact: whether the rows of a batch change each other's outputs, so that each must be answered alone.
+        may_be_empty: whether a tensor without elements is a sound result (a rank that was pruned to nothing).
+        reads_adapters: field -> PEFT type of the trained adapters that it names, by folder or run directory.
+        starter: field -> YAML text that a new recipe states for it, where the default is not what one would begin with.
+        requires: Python packages that it needs beyond ours, by import name.
+        left_out: PEFT fields that a recipe cannot state, each with the reason.
+        own_fields: fields that PEFT's config has not, each with what reads it.
+        other_defaults: fields whose default differs from PEFT's, each with the reason.
+        check: yields (field, sentence) for settings that cannot work together.
+        fits: (section, in_features, out_features) -> (field, sentence) for settings that an adapted linear layer of that size
+            cannot take, or that PEFT would change or ignore there.
+        runtime_module: module with the torch side, where there is one; see `peftkit.engine.hooks`.
     """
 
     name: str
     summary: str
     section: type[Section]
-    kind: Literal["peft", "head", "full"]
+    kind: Literal["weights", "prompt", "subset", "modules"]
     learning_rate: float
     learning_rate_source: str
-    peft_config: str = ""
     task_learning_rates: Mapping[str, tuple[float, str]] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    other_defaults: Mapping[str, str] = field(default_factory=dict)
-    check: Callable[[Any], Iterator[tuple[str, str]]] = lambda section: iter(())
+    peft_config: str = ""
+    tasks: tuple[str, ...] = EVERY_TASK
+    model_kinds: tuple[ModelKind, ...] = EVERY_KIND
+    tasks_with: Callable[[Any], tuple[str, ...]] = lambda section: EVERY_TASK
+    trains_nothing: Callable[[Any], bool] = lambda section: False
+    without: tuple[tuple[str, ModelKind], ...] = ()
+    model_types: tuple[str, ...] = ()
+    lacks: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    why_not: str = ""
+    quantizations: tuple[Quantization, ...] = BOTH
+    why_not_quantized: str = ""
     not_mergeable: str = ""
     not_mergeable_with: Callable[[Any], str] = lambda section: ""
+    several_adapters: bool = True
+    mixed_batches: bool = False
     changes_base: Callable[[Any], bool] = lambda section: False
+    targets: Targets = ""
+    linear_only: bool = False
+    num_tasks_field: str = ""
+    lora_plus: bool = False
+    virtual_tokens_in: Literal["", "embeddings", "keys_and_values"] = ""
+    trains_output: bool = False
+    trains: Callable[[str], bool] = lambda name: False
+    stands_alone: bool = False
+    to_lora: bool = False
+    trained_shapes: Callable[[Any, int, int, bool], list[tuple[int, ...]]] | None = None
+    shared_shapes: Callable[[Any], list[tuple[int, ...]]] = lambda section: []
+    needs_whole_weights: bool = False
+    virtual_tokens: Callable[[Any], int] = lambda section: 0
+    no_decay: tuple[str, ...] = ()
+    rows_interact: bool = False
+    may_be_empty: bool = False
+    reads_adapters: Mapping[str, str] = field(default_factory=dict)
+    starter: Mapping[str, str] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    own_fields: Mapping[str, str] = field(default_factory=dict)
+    other_defaults: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Any], Iterator[tuple[str, str]]] = lambda section: iter(())
+    fits: Callable[[Any, int, int], Iterator[tuple[str, str]]] = lambda section, inputs, outputs: iter(())
+    runtime_module: str = ""
+
+    @property
+    def in_peft(self) -> bool:
+        """Whether PEFT holds its parameters."""
+        return bool(self.peft_config)
 
     def learning_rate_for(self, task: str) -> tuple[float, str]:
         """The default learning rate for a task, and its source."""
@@ -51,4 +140,8 @@ class Method:
 
     def peft_fields(self, section: Section) -> dict[str, Any]:
         """The keyword arguments for the PEFT config class, plain values only."""
-        return section.model_dump(exclude={"method"})
+        return section.model_dump(exclude={"method", *self.own_fields})
+
+    def runtime(self) -> ModuleType | None:
+        """The torch side of this method, where it has one."""
+        return importlib.import_module(self.runtime_module) if self.runtime_module else None

@@ -20,7 +20,12 @@ FULL = Method(
     name="full",
     summary="Full fine-tuning: every parameter; the run's adapter folder is a stand-alone model",
     section=FullSection,
-    kind="full",
+    kind="subset",
+    trains=lambda name: True,
+    stands_alone=True,
+    several_adapters=False,
+    quantizations=(),
+    why_not_quantized="quantised weights cannot be trained",
     learning_rate=5e-5,
     learning_rate_source="BERT, Devlin et al. 2018 (arXiv:1810.04805), appendix A.3: 5e-5, 3e-5 or 2e-5",
 )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from peftkit.methods.base import Method
+from peftkit.methods.base import EVERY_TASK, Method
 from peftkit.section import Section
 
 
@@ -21,7 +21,10 @@ HEAD = Method(
     name="head",
     summary="Head only (linear probe): the base model stays as it is",
     section=HeadSection,
-    kind="head",
+    kind="subset",
+    trains_output=True,
+    tasks=tuple(task for task in EVERY_TASK if task != "FEATURE_EXTRACTION"),
+    why_not="embeddings have no head",
     learning_rate=1e-2,
     learning_rate_source="ours: recipes/quickstart.yaml with `head`: 0.55 at 1e-3, 0.65 at 1e-2, 0.70 at 1e-1 (validation)",
 )

