@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from peftkit.methods import METHODS
+from peftkit.recipe.fit import why_not
+from peftkit.tasks import TASKS
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,7 +36,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "CAUSAL_LM": {"instruction": "hello", "output": "hi"},
     "SEQ_2_SEQ_LM": {"source": "hello", "target": "hi"},
     "SEQ_CLS": {"text": "hello", "label": "greeting"},
+    "TOKEN_CLS": {"tokens": ["hello", "tom"], "tags": ["O", "B-PER"]},
+    "QUESTION_ANS": {"question": "who?", "context": "tom sat", "answers": {"text": ["tom"], "answer_start": [0]}},
+    "FEATURE_EXTRACTION": {"anchor": "hello", "positive": "hi"},
 }
+
+
+PAIRS = [(task, method) for task in TASKS for method in METHODS]
+FITTING = [(task, method) for task, method in PAIRS if not why_not(METHODS[method], task, {})]
 
 
 @dataclass
@@ -99,6 +110,19 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def write_adapter(folder: Path, peft_type: str = "LORA") -> Path:
+    """A folder that says of itself that it is a PEFT adapter of a type, which is all that validation reads of one."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}), encoding="utf-8")
+    return folder
+
+
+def write_starter_adapters(folder: Path) -> None:
+    """The trained adapters that starter recipes in this folder name (X-LoRA's experts)."""
+    for name in ("first", "second"):
+        write_adapter(folder / "runs" / name)
+
+
 def instruction_rows(count: int) -> list[dict[str, str]]:
     """Distinct rows of differing length with a question and its answer."""
     rows = []
@@ -118,6 +142,49 @@ def label_rows(count: int) -> list[dict[str, str]]:
             {"text": " ".join([*words, "good great" if good else "bad poor", "film"]), "label": "pos" if good else "neg"}
         )
     return rows
+
+
+def tag_rows(count: int) -> list[dict[str, list[str]]]:
+    """Distinct rows of four to eight words with learnable tags in BIO."""
+    tags = {"cat": "B-WHO", "birds": "B-WHO", "tom": "B-WHO", "dogs": "B-WHO", "sat": "B-DID", "ran": "B-DID", "home": "I-DID"}
+    rows = []
+    for index in range(count):
+        words = [WORDS[(index * 7 + step * 3) % len(WORDS)] for step in range(4 + index % 5)]
+        rows.append({"tokens": words, "tags": [tags.get(word, "O") for word in words]})
+    return rows
+
+
+def question_rows(count: int) -> list[dict[str, Any]]:
+    """Distinct rows with a context of 30 words (two windows of 60 tokens); every fourth question has no answer."""
+    rows = []
+    for index in range(count):
+        words = [WORDS[(index * 5 + step) % len(WORDS)] for step in range(30)]
+        place = index * 3 % 25
+        start = len(" ".join([*words[:place], ""]))
+        found = {"text": [words[place]], "answer_start": [start]} if index % 4 else {"text": [], "answer_start": []}
+        rows.append({"question": f"who is {words[place]}?", "context": " ".join(words), "answers": found})
+    return rows
+
+
+def pair_rows(count: int) -> list[dict[str, str]]:
+    """Distinct rows of two texts that share two words."""
+    texts = [[WORDS[(index * 5 + step) % len(WORDS)] for step in range(7)] for index in range(count)]
+    return [{"anchor": " ".join(words[:4]), "positive": " ".join(words[2:])} for words in texts]
+
+
+def rows_of(task: str, count: int) -> list[dict[str, Any]]:
+    """Rows that a task learns from."""
+    makers: dict[str, Callable[[int], list[Any]]] = {
+        "CAUSAL_LM": instruction_rows,
+        "SEQ_2_SEQ_LM": lambda number: [
+            {"source": row["instruction"], "target": row["output"]} for row in instruction_rows(number)
+        ],
+        "SEQ_CLS": label_rows,
+        "TOKEN_CLS": tag_rows,
+        "QUESTION_ANS": question_rows,
+        "FEATURE_EXTRACTION": pair_rows,
+    }
+    return makers[task](count)
 
 
 @pytest.fixture(scope="session")
@@ -163,13 +230,13 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny_tokenizer()
     for name, (class_name, config) in configs.items():
         getattr(transformers, class_name)(config).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        (tiny_tokenizer(adds_end=True) if name == "t5" else tokenizer).save_pretrained(root / name)
     return root
 
 
-def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
-    """A byte-level BPE tokenizer of 300 tokens with ChatML markers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tiny_tokenizer(chat_template: str | None = CHATML, *, adds_end: bool = False) -> Any:
+    """A byte-level BPE tokenizer of 300 tokens with ChatML markers; like T5's, it may end every text with `</s>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE(unk_token=None))
@@ -179,12 +246,35 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    if adds_end:
+        end = ("</s>", backend.token_to_id("</s>"))
+        backend.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[end])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=256,
     )  # fmt: skip
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def bert_like_tokenizer() -> Any:
+    """A tokenizer of short pieces that puts [CLS] and [SEP] around texts and tells the two texts of a pair apart."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([f"{' '.join(WORDS)} ?"] * 3, trainer)
+    numbers = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=numbers
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def tiny_recipe(task: str, model: Path, train: Path, max_length: int) -> dict[str, Any]:
@@ -196,7 +286,7 @@ def tiny_recipe(task: str, model: Path, train: Path, max_length: int) -> dict[st
         "data": {"train": str(train), "max_length": max_length},
         "training": {"learning_rate": 0.01, "max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "logging_steps": 1},
     }
-    return recipe | ({} if task == "SEQ_CLS" else {"generation": {"max_new_tokens": 8}})
+    return recipe | ({"generation": {"max_new_tokens": 8}} if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else {})
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import yaml
 
-from tests.conftest import Result, instruction_rows, label_rows, write_jsonl
+from tests.conftest import Result, rows_of, write_jsonl
 
-_TASKS = {"CAUSAL_LM": ("llama", 21), "SEQ_CLS": ("bert", 21), "SEQ_2_SEQ_LM": ("t5", 21)}
+_MODELS = {"CAUSAL_LM": "llama", "SEQ_2_SEQ_LM": "t5"}  # all others: bert
 
 
 def run_cli(*arguments: Any) -> Result:
@@ -41,13 +41,10 @@ def tiny_recipe(task: str, models_dir: Path, folder: Path, **sections: dict[str,
 
     It has 21 rows, so that every third step of 8 rows is one of 5.
     """
-    model, num_rows = _TASKS[task]
-    rows: list[dict[str, Any]] = list(label_rows(num_rows)) if task == "SEQ_CLS" else list(instruction_rows(num_rows))
-    if task == "SEQ_2_SEQ_LM":
-        rows = [{"source": row["instruction"], "target": row["output"]} for row in rows]
+    rows = rows_of(task, 21)
     recipe: dict[str, Any] = {
         "task": task,
-        "model": {"name_or_path": str(models_dir / model)},
+        "model": {"name_or_path": str(models_dir / _MODELS.get(task, "bert"))},
         "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
         "data": {"train": str(write_jsonl(folder / "rows.jsonl", rows)), "max_length": 60},
         "training": {"learning_rate": 0.01, "max_steps": 6, "batch_size": 8, "micro_batch_size": 4, "logging_steps": 1},

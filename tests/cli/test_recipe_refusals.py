@@ -16,10 +16,11 @@ import pytest
 from peftkit import __version__
 from peftkit.methods import METHODS
 from peftkit.tasks import TASKS
-from tests.conftest import ROWS, Result, write_jsonl
+from tests.conftest import FITTING, ROWS, Result, write_jsonl, write_starter_adapters
 
 Cli = Callable[..., Result]
 Write = Callable[..., Path]
+NAMES = ", ".join(METHODS)
 
 
 def test_a_valid_recipe_is_called_valid(cli: Cli, write_recipe: Write, recipe: dict[str, Any]) -> None:
@@ -32,7 +33,7 @@ def test_a_valid_recipe_is_called_valid(cli: Cli, write_recipe: Write, recipe: d
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
-        (["adapter.method=lroa"], 2, "no method is called `lroa`; there are: lora, full, head; did you mean `lora`?"),
+        (["adapter.method=lroa"], 2, f"no method is called `lroa`; there are: {NAMES}; did you mean `lora`?"),
         (["adapter.lora_alpah=8"], 2, "adapter.lora_alpah: no such key; did you mean `lora_alpha`?"),
         (["lora_r=8"], 2, "lora_r: no such key; here it is adapter.r"),
         (["training.gradient_accumulation_steps=8"], 2, "training.batch_size over training.micro_batch_size"),
@@ -130,12 +131,12 @@ def test_a_launch_that_cannot_be_is_refused_before_anything_loads(
     assert words in result.err
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "method"), FITTING)
 def test_init_writes_a_recipe_that_is_valid_once_its_rows_are_there(cli: Cli, tmp_path: Path, task: str, method: str) -> None:
     path = tmp_path / "new" / "recipe.yaml"
     written = cli("init", path, "--task", task.lower(), "--method", method.upper(), "--model", "owner/name")
     assert (written.code, str(path) in written.out) == (0, True)
+    write_starter_adapters(path.parent)
     assert cli("validate", path).code == 3
     write_jsonl(path.parent / "train.jsonl", [ROWS[task]])
     assert cli("validate", path).code == 0
@@ -154,43 +155,14 @@ def test_init_refuses_to_overwrite_without_force(cli: Cli, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (["--task", "NER"], "--task: no task is called `NER`; there are: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS"),
-        (["--method", "lorra"], "--method: no method is called `lorra`; there are: lora, full, head"),
+        (["--task", "NER"], f"--task: no task is called `NER`; there are: {', '.join(TASKS)}"),
+        (["--method", "lorra"], f"--method: no method is called `lorra`; there are: {NAMES}"),
     ],
 )
 def test_init_refuses_what_there_is_not(cli: Cli, tmp_path: Path, option: list[str], words: str) -> None:
     result = cli("init", tmp_path / "r.yaml", *option)
     assert (result.code, (tmp_path / "r.yaml").exists()) == (2, False)
     assert words in result.err
-
-
-def test_methods_lists_every_method_with_its_learning_rate(cli: Cli) -> None:
-    text = cli("methods").out
-    assert all(name in text for name in METHODS)
-    found = cli("methods", "--json").json
-    assert {item["name"]: item["learning_rate"] for item in found} == {"lora": 2e-4, "full": 5e-5, "head": 1e-2}
-    assert all(item["tasks"] == list(TASKS) for item in found)
-
-
-def test_one_method_is_shown_with_fields_defaults_and_what_is_left_out(cli: Cli) -> None:
-    found = cli("methods", "LoRA", "--json").json
-    fields = {field["name"]: field for field in found["fields"]}
-    assert (found["name"], found["peft_config"]) == ("lora", "LoraConfig")
-    assert fields["r"] == {
-        "name": "r", "type": "a whole number above 0", "default": 8, "required": False, "description": "Rank of the update.",
-    }  # fmt: skip
-    assert found["left_out"]["loftq_config"] == "it quantises the base itself; needs CUDA"
-    text = cli("methods", "lora").out
-    assert all(word in text for word in ("learning rate for CAUSAL_LM: 0.0002", "lora_alpha", "loftq_config"))
-    assert re.search(r"│ use_dora +│ true or false +│ false", text)
-
-
-def test_a_method_that_there_is_not_is_refused(cli: Cli) -> None:
-    result = cli("methods", "lorra")
-    assert (result.code, result.err) == (
-        2,
-        "peftkit: error (exit 2):\nno method is called `lorra`; there are: lora, full, head\n",
-    )
 
 
 def test_explain_tells_type_default_and_meaning(cli: Cli) -> None:
@@ -233,7 +205,7 @@ def test_schema_prints_a_json_schema_of_every_section(cli: Cli) -> None:
     schema = cli("schema").json
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert list(schema["properties"]) == [
-        "name", "task", "model", "adapter", "data", "training", "evaluation", "generation", "output",
+        "name", "task", "model", "adapter", "data", "training", "evaluation", "embedding", "generation", "output",
     ]  # fmt: skip
     assert schema["additionalProperties"] is False
 
@@ -241,7 +213,9 @@ def test_schema_prints_a_json_schema_of_every_section(cli: Cli) -> None:
 def test_version_and_help_are_printed(cli: Cli) -> None:
     assert (cli("--version").code, cli("--version").out) == (0, f"peftkit {__version__}\n")
     text = cli("--help").out
-    commands = ("init", "validate", "plan", "params", "train", "evaluate", "infer", "merge", "methods", "explain", "schema")
+    commands = (
+        "init", "validate", "plan", "params", "train", "evaluate", "infer", "merge", "convert", "methods", "explain", "schema",
+    )  # fmt: skip
     assert all(re.search(rf"^ +{name} ", text, re.MULTILINE) for name in commands)
 
 

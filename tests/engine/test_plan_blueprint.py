@@ -397,3 +397,62 @@ def test_a_model_that_is_not_there_is_refused(cli: Any, write_recipe: Any, tmp_p
     result = cli("params", write_recipe(recipe_for(tmp_path / "llama")))
     assert result.code == 7
     assert "no_such_type" in result.err
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        (
+            {"method": "c3a"},
+            "adapter.block_size: is 256, which does not divide the inputs and the outputs; 16, 8, 4, 2 would "
+            "(`model.layers.0.self_attn.v_proj`: 32 inputs, 16 outputs)",
+        ),
+        (
+            {"method": "oft", "oft_block_size": 24, "target_modules": "all-linear"},
+            "adapter.oft_block_size: is 24, which does not divide the inputs; 32, 16, 8, 4 would",
+        ),
+        (
+            {"method": "deft", "r": 17, "target_modules": ["q_proj", "v_proj"]},
+            "adapter.r: is 17, more than the outputs, and PEFT would lower it without a word; at most 16 "
+            "(`model.layers.0.self_attn.v_proj`",
+        ),
+        (
+            {"method": "osf", "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 16}},
+            "adapter.rank_pattern.v_proj: is 16, which keeps all 16 directions and trains none; at most 15",
+        ),
+        ({"method": "trainable_tokens", "token_indices": [5, 300]}, "adapter.token_indices: there is no token 300"),
+        ({"method": "adaption_prompt", "adapter_layers": 3}, "adapter.adapter_layers: is 3; LlamaForCausalLM has 2 layers"),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_a_setting_that_no_layer_of_this_size_can_take_is_refused(
+    cli: Any, write_recipe: Any, tmp_path: Path, adapter: dict[str, Any], words: str
+) -> None:
+    result = cli("params", write_recipe(recipe_for(config_only(tmp_path, "llama", GQA), **adapter)))
+    assert result.code == 2
+    assert words in result.err
+    assert result.err.count("adapter.") == 1  # one layer stands for all that are like it
+
+
+def test_sizes_by_module_are_compared_with_their_module(cli: Any, write_recipe: Any, tmp_path: Path) -> None:
+    fields = {"target_modules": ["q_proj", "v_proj"], "block_size": 32, "block_size_pattern": {"v_proj": 16}}
+    recipe = recipe_for(config_only(tmp_path, "llama", GQA), method="c3a", **fields)
+    assert params(cli, write_recipe, recipe)["trainable_params"] == 2 * (32 * 32 // 32 + 32 * 16 // 16)
+
+
+def test_a_layer_that_is_left_out_may_have_any_size(cli: Any, write_recipe: Any, tmp_path: Path) -> None:
+    model = config_only(tmp_path, "llama", GQA)
+    fields = {"method": "psoft", "r": 20, "target_modules": ["q_proj", "v_proj"]}
+    assert cli("params", write_recipe(recipe_for(model, **fields))).code == 2
+    assert cli("params", write_recipe(recipe_for(model, exclude_modules=["v_proj"], **fields))).code == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_size_that_does_not_fit_is_refused_before_any_weight_is_loaded(
+    cli: Any, write_recipe: Any, lm_recipe: Any, tmp_path: Path, command: str
+) -> None:
+    lm_recipe["adapter"] = {"method": "c3a"}
+    result = cli(command, write_recipe(lm_recipe), *(["--output", tmp_path / "run"] if command == "train" else []))
+    assert result.code == 2
+    assert "adapter.block_size: is 256" in result.err
+    assert not (tmp_path / "run").exists()

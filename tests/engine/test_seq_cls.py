@@ -141,3 +141,157 @@ def test_the_run_reports_the_metrics_of_its_predictions(cli: Any, write_recipe: 
     assert len(rows) == 6
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
     assert summary["metrics"]["accuracy"] == sum(row["label"] == row["prediction"] for row in rows) / 6
+
+
+MULTI = {"problem_type": "multi_label_classification", "labels": ("a", "b", "c")}
+NUMBER = {"problem_type": "regression", "labels": ()}
+
+
+def settled(labels: list[Any], **stated: Any) -> Encoding:
+    return TASKS["SEQ_CLS"].settle(Encoding(**{"max_length": 48, "problem_type": "auto"} | stated), texts(labels), None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "names"),
+    [
+        (["b", "a"], "single_label_classification", ("a", "b")),
+        ([2, 10, 2], "single_label_classification", ("2", "10")),
+        ([2.0, 10], "single_label_classification", ("2", "10")),
+        (["0", "1"], "single_label_classification", ("0", "1")),
+        ([["b"], [], ["a", "b"]], "multi_label_classification", ("a", "b")),
+        ([0.5, 1], "regression", ()),
+        (["0.5", "1"], "regression", ()),  # CSV
+        (["0.5", "x"], "single_label_classification", ("0.5", "x")),
+    ],
+)
+def test_the_labels_decide_on_the_problem(labels: list[Any], kind: str, names: tuple[str, ...]) -> None:
+    found = settled(labels)
+    assert (found.problem_type, found.labels, found.num_outputs) == (kind, names, len(names) or 1)
+
+
+def test_the_recipe_decides_where_it_names_the_problem() -> None:
+    assert settled([1, 2, 3], problem_type="regression").num_outputs == 1
+
+
+def test_every_class_of_a_row_has_its_own_loss() -> None:
+    logits, labels = torch.tensor([[0.0, 2.0, -2.0], [9.0, 9.0, 9.0]]), torch.tensor([[0, 1, 0], [IGNORE_INDEX] * 3])
+    softplus = torch.nn.functional.softplus
+    expected = (softplus(torch.tensor(0.0)) + 2 * softplus(torch.tensor(-2.0))) / 3
+    assert float(runtime_of(**MULTI).loss_sum(logits, labels)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_smoothing_moves_the_targets_of_every_class_towards_a_half() -> None:
+    loss = runtime_of(**MULTI).loss_sum(torch.zeros(1, 3), torch.tensor([[1, 0, 0]]), 0.2)
+    assert float(loss) == pytest.approx(0.693147, rel=1e-5)  # ln 2, whatever the targets
+    tilted = runtime_of(**MULTI).loss_sum(torch.full((1, 3), 1.0), torch.tensor([[1, 1, 1]]), 0.2)
+    assert float(tilted) == pytest.approx(0.313262 + 0.1, rel=1e-5)  # softplus(1) - 0.9
+
+
+def test_numbers_are_learned_by_their_squared_error() -> None:
+    logits, labels = torch.tensor([[1.5], [0.0], [7.0]]), torch.tensor([1.0, -2.0, float("nan")])
+    assert float(runtime_of(**NUMBER).loss_sum(logits, labels)) == pytest.approx(0.25 + 4.0)
+
+
+@pytest.mark.parametrize("settings", [{}, MULTI, NUMBER], ids=["class", "set", "number"])
+def test_a_row_without_targets_has_no_loss(settings: dict[str, Any]) -> None:
+    runtime = runtime_of(**settings)
+    example = runtime.encode(runtime.probe_rows()[0], "probe")
+    assert example is not None
+    batch = runtime.collate([example, example.without_targets()])
+    logits = torch.rand(2, max(1, len(runtime.settings.labels)))
+    assert float(runtime.loss_sum(logits, batch["labels"])) == pytest.approx(
+        float(runtime.loss_sum(logits[:1], batch["labels"][:1]))
+    )
+
+
+def test_classes_from_a_half_on_are_predicted() -> None:
+    runtime = runtime_of(**MULTI)
+    examples = [example for row in texts([["a"]]) if (example := runtime.encode(row, "rows:1")) is not None]
+    (result,) = runtime.score(torch.tensor([[0.0, -0.1, 3.0]]), runtime.collate(examples), examples)
+    assert (result["label"], result["prediction"]) == (["a"], ["a", "c"])
+    assert result["probabilities"]["c"] == pytest.approx(0.952574)
+
+
+def test_metrics_of_sets_are_those_worked_out_by_hand() -> None:
+    truth, guess = [["a"], ["a", "b"], []], [["a"], ["b", "c"], []]
+    found = runtime_of(**MULTI).summarise(results_of(truth, guess))  # type: ignore[arg-type]
+    # a: 1 right, 1 missed; b: 1 right; c: 1 too many. F1: 2/3, 1, 0.
+    assert found["f1_micro"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert found["f1_macro"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert found["f1_samples"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    assert found["by_class"]["a"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "num_rows": 2}
+
+
+def test_metrics_of_numbers_are_those_worked_out_by_hand() -> None:
+    found = runtime_of(**NUMBER).summarise(results_of([1.0, 2.0, 3.0], [1.0, 4.0, 3.0]))  # type: ignore[arg-type]
+    assert (found["mse"], found["mae"]) == (pytest.approx(4 / 3), pytest.approx(2 / 3))
+    assert found["spearman"] == pytest.approx(0.5)
+    assert found["pearson"] == pytest.approx(2 / (2 * (4 + 2 / 3)) ** 0.5)
+    assert runtime_of(**NUMBER).summarise(results_of([1.0, 2.0], [3.0, 3.0]))["pearson"] == 0.0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "label", "words"),
+    [
+        (MULTI, "a", "the label is 'a', not a list of classes"),
+        (MULTI, ["a", "z"], "the label 'z' is not among the classes: a, b, c"),
+        ({}, ["pos"], r"the label is \['pos'\], not one class"),
+        (NUMBER, "good", "the label is 'good', not a number"),
+    ],
+)
+def test_labels_of_another_problem_are_refused(settings: dict[str, Any], label: Any, words: str) -> None:
+    with pytest.raises(RowError, match=words):
+        runtime_of(**settings).encode({"text": "the cat", "label": label}, "rows:1")
+
+
+PROBLEMS: dict[str, list[Any]] = {
+    "regression": [number / 10 for number in range(24)],
+    "multi_label_classification": [["even"][number % 2 :] + ["third"][: number % 3 == 0] for number in range(24)],
+}
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_other_problems_are_trained_certified_and_merged(
+    cli: Any, write_recipe: Any, cls_recipe: Any, tmp_path: Path, kind: str
+) -> None:
+    cls_recipe["data"] |= {"train": str(write_jsonl(tmp_path / "rows.jsonl", texts(PROBLEMS[kind]))), "validation": 0.25}
+    losses = []
+    for size in (8, 4, 2):
+        cls_recipe["training"]["micro_batch_size"] = size
+        summary = cli("train", write_recipe(cls_recipe), "--output", tmp_path / f"run{size}", "--json").json
+        losses.append(summary["train_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert set(summary["metrics"]) == set(TASKS["SEQ_CLS"].metrics_for(Encoding(8, problem_type=kind)))
+    assert json.loads((tmp_path / "run2/adapter/peftkit.json").read_text())["encoding"]["problem_type"] == kind
+    answer = cli("infer", "--adapter", tmp_path / "run2", "--prompt", "the cat sat 3", "--json").json
+    assert isinstance(answer["prediction"], float if kind == "regression" else list)
+    assert cli("merge", "--adapter", tmp_path / "run2", "--output", tmp_path / "merged").code == 0
+    assert json.loads((tmp_path / "merged/config.json").read_text())["problem_type"] == kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"metric_for_best_model": "accuracy"}}, "`accuracy` does not go with these rows; there are loss, mse"),
+        ({"training": {"label_smoothing_factor": 0.1}}, "training.label_smoothing_factor: has no effect for regression"),
+        ({"data": {"labels": ["a", "b"]}}, "data.labels: has no effect for regression"),
+    ],
+)
+def test_what_regression_has_not_is_refused_before_weights_are_loaded(
+    cli: Any, write_recipe: Any, cls_recipe: Any, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", texts(PROBLEMS["regression"]))
+    cls_recipe["data"] |= {"train": str(rows), "validation": 0.25}
+    for section, values in changes.items():
+        cls_recipe[section] |= values
+    result = cli("plan", write_recipe(cls_recipe))
+    assert result.code == 2
+    assert words in result.err
+
+
+def test_a_problem_type_is_for_classifiers_only(cli: Any, write_recipe: Any, lm_recipe: Any) -> None:
+    lm_recipe["data"]["problem_type"] = "regression"
+    result = cli("validate", write_recipe(lm_recipe))
+    assert result.code == 2
+    assert "data.problem_type: has no effect for CAUSAL_LM" in result.err

@@ -85,16 +85,19 @@ def test_two_processes_train_like_one(models_dir: Path, tmp_path: Path, one_pass
 def test_the_initial_adapter_does_not_depend_on_what_was_drawn_before(models_dir: Path, tmp_path: Path) -> None:
     from peftkit.engine.adapter import attach_adapter, trainable_state
     from peftkit.engine.hardware import detect_hardware
+    from peftkit.engine.hooks import Context
     from peftkit.engine.model import base_of, load_base_model
     from peftkit.plan import make_plan
     from peftkit.recipe import load_recipe
+    from peftkit.tasks.base import Encoding
 
     plan = make_plan(load_recipe(tiny_recipe("CAUSAL_LM", models_dir, tmp_path)), detect_hardware())
+    context = Context(plan, runtime=plan.task.runtime(None, Encoding(max_length=8)))
     states = []
     for process in range(2):
         model, missing = load_base_model(base_of(plan))
         torch.manual_seed(100 + process)
-        states.append(trainable_state(attach_adapter(model, plan, missing)))
+        states.append(trainable_state(attach_adapter(model, missing, context)))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(tensor.abs().sum() > 0 for tensor in states[0].values())
 

@@ -17,6 +17,9 @@ def said(role: str, content: str) -> dict[str, str]:
 
 
 ASKED = [said("user", "hi"), said("assistant", "ho")]
+ASKING = {"question": "who?", "context": "hi ho"}
+FOUND = {**ASKING, "answers": {"text": ["ho"], "answer_start": [3]}}
+MISSING = {**ASKING, "answers": {"text": [], "answer_start": []}}
 GOOD: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("instruction", {"instruction": "hi", "output": "ho"}, {"messages": ASKED}),
     ("instruction", {"question": "hi", "answer": "ho"}, {"messages": ASKED}),
@@ -45,7 +48,27 @@ GOOD: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("seq2seq", {"source": "hi", "target": "ho"}, {"prompt": "hi", "completion": "ho"}),
     ("classification", {"text": "hi", "label": "good"}, {"text": "hi", "label": "good"}),
     ("classification", {"sentence": "hi", "label": 0}, {"text": "hi", "label": 0}),
+    ("classification", {"text": "hi", "label": 0.5}, {"text": "hi", "label": 0.5}),
+    ("classification", {"text": "hi", "label": ["a", "b"]}, {"text": "hi", "label": ["a", "b"]}),
+    ("classification", {"text": "hi", "label": []}, {"text": "hi", "label": []}),
     ("classification", {"text": "hi", "text_pair": "ho", "label": "x"}, {"text": "hi", "text_pair": "ho", "label": "x"}),
+    ("tokens", {"tokens": ["hi", "ho"], "tags": ["O", "B-X"]}, {"tokens": ["hi", "ho"], "tags": ["O", "B-X"]}),
+    ("tokens", {"id": "7", "tokens": ["hi"], "ner_tags": [3]}, {"tokens": ["hi"], "tags": [3]}),
+    ("question_answering", {**ASKING, "answers": {"text": ["ho"], "answer_start": [3]}}, FOUND),
+    ("question_answering", {**ASKING, "answers": [{"text": "ho", "answer_start": 3}]}, FOUND),
+    ("question_answering", {**ASKING, "answer": "ho", "answer_start": 3}, FOUND),
+    ("question_answering", {**ASKING, "answer": " ho", "answer_start": "2"}, FOUND),  # CSV; white space is left out
+    ("question_answering", {**ASKING, "answers": {"text": [], "answer_start": []}}, MISSING),
+    ("question_answering", {**ASKING, "answers": []}, MISSING),
+    ("question_answering", {**ASKING, "answer": "", "answer_start": ""}, MISSING),
+    ("pairs", {"anchor": "hi", "positive": "ho"}, {"anchor": "hi", "positive": "ho"}),
+    ("pairs", {"query": "hi", "positive": "ho", "negative": "x"}, {"anchor": "hi", "positive": "ho", "negative": ["x"]}),
+    (
+        "pairs", {"anchor": "hi", "positive": "ho", "negative": ["x", "y"]},
+        {"anchor": "hi", "positive": "ho", "negative": ["x", "y"]},
+    ),
+    ("pairs", {"sentence1": "hi", "sentence2": "ho", "score": 3}, {"anchor": "hi", "positive": "ho", "score": 3.0}),
+    ("pairs", {"text": "hi", "text_pair": "ho", "score": "0.5"}, {"anchor": "hi", "positive": "ho", "score": 0.5}),
     ("classification", {"sentence1": "hi", "sentence2": "ho", "label": "x"}, {"text": "hi", "text_pair": "ho", "label": "x"}),
 ]  # fmt: skip
 
@@ -81,6 +104,10 @@ def test_auto_recognises_the_format_by_the_columns(name: str, row: dict[str, Any
         ("seq2seq", {"source": "hi"}, {"prompt": "hi"}),
         ("classification", {"text": "hi"}, {"text": "hi"}),
         ("classification", {"text": "hi", "text_pair": "ho", "label": 3.5}, {"text": "hi", "text_pair": "ho"}),
+        ("tokens", {"tokens": ["hi"], "tags": "?"}, {"tokens": ["hi"]}),
+        ("question_answering", ASKING | {"answers": 3}, ASKING),
+        ("pairs", {"anchor": "hi", "positive": "ho"}, {"text": "hi"}),
+        ("pairs", {"text": "hi"}, {"text": "hi"}),
     ],
 )  # fmt: skip
 def test_inference_needs_and_shows_no_target(name: str, row: dict[str, Any], canonical: dict[str, Any]) -> None:
@@ -116,13 +143,31 @@ def test_inference_needs_and_shows_no_target(name: str, row: dict[str, Any], can
         ("text", {"text": " \n"}, "column `text` is blank"),
         ("text", {"body": "hi"}, "no column `text`; the row has `body`"),
         ("seq2seq", {"source": "hi", "target": 1.5}, "column `target` holds a number, not text"),
-        ("classification", {"text": "hi"}, "column `label` holds None; a label is a name or a whole number"),
-        ("classification", {"text": "hi", "label": True}, "column `label` holds True; a label is a name or a whole number"),
-        ("classification", {"text": "hi", "label": 0.5}, "column `label` holds 0.5; a label is a name or a whole number"),
-        ("classification", {"text": "hi", "label": ["a"]}, "column `label` holds ['a']; a label is a name or a whole number"),
+        ("classification", {"text": "hi"}, "column `label` holds None; a label is a name or a number, or a list of names"),
+        ("classification", {"text": "hi", "label": True}, "column `label` holds True; a label is a name or a number"),
+        ("classification", {"text": "hi", "label": float("nan")}, "column `label` holds nan, which is no number to learn"),
+        ("classification", {"text": "hi", "label": ["a", 0.5]}, "column `label` holds ['a', 0.5]; a label is a name"),
+        ("classification", {"text": "hi", "label": ["a", " "]}, "column `label` holds an empty name"),
+        ("classification", {"text": "hi", "label": {"a": 1}}, "column `label` holds {'a': 1}; a label is a name"),
         ("classification", {"text": "hi", "label": ""}, "column `label` is empty"),
         ("classification", {"text": "hi", "label": "  "}, "column `label` is empty"),
         ("classification", {"text": "hi", "text_pair": 3, "label": "x"}, "column `text_pair` holds a number, not text"),
+        ("tokens", {"tokens": "hi ho", "tags": ["O"]}, "column `tokens` is no list with at least one element"),
+        ("tokens", {"tokens": [], "tags": []}, "column `tokens` is no list with at least one element"),
+        ("tokens", {"tokens": ["hi", " "], "tags": ["O", "O"]}, "word 2 in `tokens` is ' '; a word is text that is not blank"),
+        ("tokens", {"tokens": ["hi"], "tags": [0.5]}, "tag 1 in `tags` is 0.5; a tag is a name or a whole number"),
+        ("tokens", {"tokens": ["hi"], "tags": ["O", "O"]}, "there are 1 words and 2 tags; every word needs one tag"),
+        ("tokens", {"tokens": ["hi"]}, "no column `tags` or `ner_tags` or `pos_tags`; the row has `tokens`"),
+        ("question_answering", ASKING, "no `answers` ({text: [...], answer_start: [...]}"),
+        ("question_answering", {**ASKING, "answers": {"text": ["ho"]}}, "needs the lists `text` and `answer_start`"),
+        ("question_answering", {**ASKING, "answers": ["ho"]}, "something else than mappings"),
+        ("question_answering", {**ASKING, "answer": "ho"}, "the answer 'ho' has the `answer_start` None, not a whole number"),
+        ("question_answering", {**ASKING, "answer": "ho", "answer_start": 0}, "at `answer_start` 0: there is 'hi'"),
+        ("question_answering", {**ASKING, "answer": "ho", "answer_start": -2}, "is not in the context at `answer_start` -2"),
+        ("question_answering", {**ASKING, "answers": {"text": [""], "answer_start": [0]}}, "an answer is '', not text"),
+        ("pairs", {"anchor": "hi"}, "no column `positive` or `text_pair` or `sentence2`; the row has `anchor`"),
+        ("pairs", {"anchor": "hi", "positive": "ho", "negative": [3]}, "column `negative` holds 3; a negative is a text"),
+        ("pairs", {"text": "hi", "text_pair": "ho", "score": "high"}, "column `score` holds 'high', not a number"),
         ("classification", {"label": "x"}, "no column `text` or `sentence` or `sentence1`; the row has `label`"),
     ],
 )  # fmt: skip
@@ -149,7 +194,20 @@ def test_columns_of_no_format_are_not_guessed(columns: set[str]) -> None:
         ("CAUSAL_LM", {"chat", "instruction", "prompt_completion", "seq2seq", "text"}),
         ("SEQ_2_SEQ_LM", {"chat", "instruction", "prompt_completion", "seq2seq"}),
         ("SEQ_CLS", {"classification"}),
+        ("TOKEN_CLS", {"tokens"}),
+        ("QUESTION_ANS", {"question_answering"}),
+        ("FEATURE_EXTRACTION", {"pairs"}),
     ],
 )
 def test_a_task_reads_the_formats_whose_columns_it_learns_from(task: str, names: set[str]) -> None:
     assert {name for name, item in FORMATS.items() if TASKS[task].can_read(item.yields)} == names
+
+
+def test_auto_prefers_a_format_that_the_task_can_read() -> None:
+    columns = frozenset({"sentence1", "sentence2", "label", "score"})
+    found = {task: detect_format(columns, TASKS[task].can_read) for task in ("SEQ_CLS", "FEATURE_EXTRACTION", "CAUSAL_LM")}
+    assert {task: item.name if item else None for task, item in found.items()} == {
+        "SEQ_CLS": "classification",
+        "FEATURE_EXTRACTION": "pairs",
+        "CAUSAL_LM": None,
+    }

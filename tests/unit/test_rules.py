@@ -70,6 +70,11 @@ def test_lora_settings_that_do_not_go_together_are_refused(
         (["training.optim=sgd", "training.adam_epsilon=0.1"], "training.adam_epsilon", "has no effect with `optim: sgd`"),
         (["training.loraplus_lr_embedding=1e-6"], "training.loraplus_lr_embedding", "no effect without `loraplus_lr_ratio`"),
         (["training.loraplus_lr_ratio=16", "adapter.method=full"], "training.loraplus_lr_ratio", "works with `method: lora`"),
+        (["training.optim=lorafa", "adapter.method=boft"], "training.optim", "`lorafa` works with `method: lora`, not `boft`"),
+        (
+            ["training.gradient_checkpointing=true", "adapter={method: prefix_tuning, num_virtual_tokens: 4}"],
+            "training.gradient_checkpointing", "cannot be used with `prefix_tuning`: recomputed layers would write",
+        ),
         (["training.loraplus_lr_ratio=16", "training.optim=sgd"], "training.loraplus_lr_ratio", "is defined for Adam"),
         (["training.lr_scheduler_type=constant", "training.warmup_steps=3"], "training.warmup_steps", "`constant_with_warmup`"),
         (["training.warmup_steps=1.5"], "training.warmup_steps", "1.5 is neither a whole number nor a fraction below 1"),
