@@ -8,6 +8,7 @@ from peftkit import console
 from peftkit.errors import RecipeError
 from peftkit.methods import METHODS
 from peftkit.recipe.fit import methods_for, why_not
+from peftkit.recipe.load import did_you_mean
 from peftkit.recipe.starter import starter_recipe
 from peftkit.run import write_text
 from peftkit.tasks import TASKS
@@ -18,7 +19,7 @@ def init(path: Path, task: str, method: str, model: str | None, force: bool) -> 
     if task.upper() not in TASKS:
         raise RecipeError(f"--task: no task is called `{task}`; there are: {', '.join(TASKS)}")
     if method.lower() not in METHODS:
-        raise RecipeError(f"--method: no method is called `{method}`; there are: {', '.join(METHODS)}")
+        raise RecipeError(f"--method: no method is called `{method}`; there are: {', '.join(METHODS)}" + did_you_mean(method, METHODS))
     if reason := why_not(METHODS[method.lower()], task.upper(), {}):
         raise RecipeError(f"--method: {reason}. These do: {', '.join(methods_for(task.upper(), {}))}")
     if path.exists() and not force:

@@ -8,34 +8,60 @@ from peftkit import console
 from peftkit.engine.blueprint import Blueprint, draw_blueprint, parameters_by_module
 from peftkit.engine.data import num_outputs
 from peftkit.engine.hardware import detect_hardware
-from peftkit.engine.model import load_tokenizer
-from peftkit.errors import LoadError, RecipeError
+from peftkit.engine.model import base_of, load_config, load_tokenizer
+from peftkit.errors import LoadError, Problem, RecipeError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan, make_plan
 from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.fit import why_not
+from peftkit.recipe.load import did_you_mean
 
 
 def params(loaded: LoadedRecipe, methods: list[str], by_module: bool, as_json: bool) -> None:
     """Print the counts of one recipe, or of one recipe by method."""
     plan = make_plan(loaded, detect_hardware())
-    outputs = num_outputs(plan)
-    plans = _by_method(plan, methods) if methods else [plan]
-    tokenizer = _tokenizer(plan)
-    blueprints = [draw_blueprint(part, outputs, tokenizer) for part in plans]
-    results = [summary(part, blueprint) for part, blueprint in zip(plans, blueprints, strict=True)]
-    if as_json:
-        for result, blueprint in zip(results, blueprints, strict=True):
-            modules = {"modules": _modules(blueprint)} if by_module else {}
-            console.print_json(result | modules)
-        return
     if methods:
-        rows = [(r["method"], r["trainable_params"], r["all_params"], r["trainable_percent"]) for r in results]
-        console.print_table("", ["method", "trainable", "all", "%"], rows)
-    else:
-        console.print_text(line(results[0]))
-    for blueprint in blueprints if by_module else []:
-        module_rows = [(row["module"], row["trainable_params"], row["all_params"]) for row in _modules(blueprint)]
-        console.print_table("* stands for every layer", ["module", "trainable", "all"], module_rows)
+        _compare(plan, methods, as_json)
+        return
+    blueprint = draw_blueprint(plan, num_outputs(plan), _tokenizer(plan))
+    result = summary(plan, blueprint)
+    if as_json:
+        console.print_json(result | ({"modules": _modules(blueprint)} if by_module else {}))
+        return
+    console.print_text(line(result))
+    if by_module:
+        rows = [(row["module"], row["trainable_params"], row["all_params"]) for row in _modules(blueprint)]
+        console.print_table("* stands for every layer", ["module", "trainable", "all"], rows)
+
+
+def _compare(plan: Plan, methods: list[str], as_json: bool) -> None:
+    """The counts of other methods at their default settings; of one that these do not fit here, why."""
+    outputs, tokenizer = num_outputs(plan), _tokenizer(plan)
+    config, rows = load_config(base_of(plan)).to_dict(), []
+    for part in _by_method(plan, methods):
+        try:
+            if part is not plan:
+                _require_fit(part, config)
+            result = summary(part, draw_blueprint(part, outputs, tokenizer))
+        except RecipeError as error:
+            if part is plan:
+                raise
+            problem = error.problems[0]
+            what = f"{problem.key.removeprefix('adapter.')} {problem.what}".strip()
+            result = {"method": part.method.name, "task": part.task.name, "problem": what}
+        if as_json:
+            console.print_json(result)
+        rows.append([result.get(key, "") for key in ("method", "trainable_params", "all_params", "trainable_percent", "problem")])
+    if not as_json:
+        console.print_wide_table("", ["method", "trainable", "all", "%", "problem"], rows)
+
+
+def _require_fit(plan: Plan, config: dict[str, Any]) -> None:
+    """Raise what `validate` would say of the method's default settings."""
+    if reason := why_not(plan.method, plan.task.name, config):
+        raise RecipeError(reason)
+    for field, what in plan.method.check(plan.recipe.adapter):
+        raise RecipeError([Problem("", f"adapter.{field}", what)])
 
 
 def _tokenizer(plan: Plan) -> Any:
@@ -73,9 +99,11 @@ def _modules(blueprint: Blueprint) -> list[dict[str, Any]]:
 def _by_method(plan: Plan, names: list[str]) -> list[Plan]:
     """The plan with other methods, each at its default settings; the recipe's own keeps its settings."""
     if unknown := [name for name in names if name not in METHODS]:
-        raise RecipeError(f"--compare: no method is called `{unknown[0]}`; there are: {', '.join(METHODS)}")
+        known = ", ".join(METHODS) + did_you_mean(unknown[0], METHODS)
+        raise RecipeError(f"--compare: no method is called `{unknown[0]}`; there are: {known}")
     plans = []
     for name in names:
-        section = plan.recipe.adapter if name == plan.method.name else METHODS[name].section(method=name)  # type: ignore[call-arg]
-        plans.append(Plan(**(plan.__dict__ | {"recipe": plan.recipe.model_copy(update={"adapter": section})})))
+        section = METHODS[name].section.model_validate({"method": name})
+        other = Plan(**(plan.__dict__ | {"recipe": plan.recipe.model_copy(update={"adapter": section})}))
+        plans.append(plan if name == plan.method.name else other)
     return plans

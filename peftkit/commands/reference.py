@@ -13,13 +13,14 @@ from peftkit.methods import METHODS
 from peftkit.methods.base import EVERY_KIND, EVERY_TASK, Method
 from peftkit.recipe.explain import KeyInfo, all_keys
 from peftkit.recipe.foreign import FOREIGN_KEYS
+from peftkit.recipe.load import did_you_mean
 from peftkit.tasks import TASKS
 
 
 def list_methods(name: str | None, as_json: bool) -> None:
     """All methods, or the fields of one."""
     if name is not None and name.lower() not in METHODS:
-        raise RecipeError(f"no method is called `{name}`; there are: {', '.join(METHODS)}")
+        raise RecipeError(f"no method is called `{name}`; there are: {', '.join(METHODS)}" + did_you_mean(name, METHODS))
     chosen = list(METHODS) if name is None else [name.lower()]
     described = [_describe(method) for method in chosen]
     if as_json:

@@ -94,11 +94,11 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
 def _real_counts(adapted: peft.PeftModel, targets: dict[str, int]) -> dict[str, int]:
     """Matches that PEFT really adapted (excluded modules and other layers do not count)."""
     hit = getattr(adapted.base_model, "targeted_module_names", None)
-    if not targets or not hit:
-        return targets
-    counts = {entry: count_matches(hit, entry if len(targets) == 1 else [entry])[entry] for entry in targets}
-    if len(targets) == 1:  # a single entry may be a regular expression or a name
+    counts = targets
+    if len(targets) == 1 and hit:  # a single entry may be a regular expression or a name
         counts = {entry: len(hit) for entry in targets}
+    elif hit:
+        counts = {entry: count_matches(hit, [entry])[entry] for entry in targets}
     parameters = getattr(adapted.base_model, "targeted_parameter_names", [])
     for entry in getattr(adapted.active_peft_config, "target_parameters", None) or []:
         counts[entry] = sum(name == entry or name.endswith(f".{entry}") for name in parameters)

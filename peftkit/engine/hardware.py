@@ -6,7 +6,7 @@ import os
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
 from peftkit.plan import Hardware, Plan
@@ -39,7 +39,9 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     trackers = plan.recipe.output.report_to
     # The precision of a process's first Accelerator would hold for all later ones (accelerate 1.15).
     AcceleratorState._reset_state()
+    unused = plan.method.skips_parameters(plan.recipe.adapter)
     accelerator = Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         mixed_precision=plan.mixed_precision,
         cpu=plan.hardware.device == "cpu",
         log_with=list(trackers) or None,

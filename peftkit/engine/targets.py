@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftkit.errors import RecipeError
 from peftkit.methods.base import Method
 
 _QUERY = ("q_proj", "q", "query", "query_proj", "q_lin")
@@ -23,7 +24,7 @@ _KEY = ("k_proj", "k", "key", "key_proj", "k_lin")
 _VALUE = ("v_proj", "v", "value", "value_proj", "v_lin")
 _FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "in_proj", "qkv", "attn_qkv", "att_proj")
 _ROUTERS = re.compile(r"(^|\.)(\w*router\w*|gate|shared_expert_gate|wg)(\.|$)")
-_NO_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech)")  # towers that see or hear
+_NO_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech|multi_?modal)")  # towers that see or hear
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _LAYER = re.compile(r"\.\d+\.")
 # Mamba's kernels read the weight of `out_proj` themselves, past any adapter; PEFT refuses it for LoRA (0.21).
@@ -56,7 +57,11 @@ def resolve_targets(
     head: Sequence[str],
     method: Method,
 ) -> Targets:
-    """Turn `all-linear` and a missing value into names; routers, poolers and heads are left out unless named."""
+    """Turn `all-linear` and a missing value into names; routers, poolers and heads are left out unless named.
+
+    Raises:
+        RecipeError: the model has no layer for the method.
+    """
     if wanted is not None and wanted != "all-linear":
         return Targets(wanted, exclude, "as the recipe says")
     names = linear_modules(model)
@@ -75,6 +80,9 @@ def resolve_targets(
     else:
         layers = [name for name in names if _in_layers(name, head) and not _read_by_kernel(model, name)]
         chosen, reason = (layers, "every linear layer of the backbone") if wanted else _by_inspection(model, layers, method)
+    if not chosen:
+        what = "normalisation layers with weights" if method.targets == "norms" else "linear layers"
+        raise RecipeError(f"adapter.method: {type(model).__name__} has no {what} for `{method.name}` to adapt")
     leaves = sorted({name.rpartition(".")[2] for name in chosen})
     hit = [name for name, _ in model.named_modules() if matches(name, leaves)]
     return _without(leaves, hit, [name for name in hit if name not in chosen], exclude, reason)

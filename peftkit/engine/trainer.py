@@ -164,7 +164,7 @@ class Trainer:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
         accelerator = self.accelerator
         chunks = micro_batches(rows, self.plan.micro_batch_size, accelerator.num_processes, accelerator.process_index)
-        if self.runtime.couples_rows and len(rows) > self.plan.micro_batch_size:
+        if self.runtime.couples_rows and (len(chunks) > 1 or accelerator.num_processes > 1):
             losses = [coupled_backward(self, [self._batch(chunk, rows) for chunk in chunks], num_targets)]
         else:
             losses = self._separate_losses(chunks, rows, num_targets)

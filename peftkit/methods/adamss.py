@@ -109,4 +109,5 @@ ADAMSS = Method(
     fits=_fits,
     runtime_module="peftkit.methods.adamss_torch",
     trained_shapes=_shapes,
+    skips_parameters=lambda section: section.use_asa,
 )

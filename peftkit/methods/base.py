@@ -66,6 +66,7 @@ class Method:
         needs_whole_weights: whether its shapes depend on the weights' values, so that no plan can count them exactly.
         virtual_tokens: positions that this section takes from the model's.
         no_decay: parts of names of trained matrices that weight decay would pull away from where they start, which is not zero.
+        skips_parameters: whether a step of this section can leave trained parameters without a gradient.
         rows_interact: whether the rows of a batch change each other's outputs, so that each must be answered alone.
         may_be_empty: whether a tensor without elements is a sound result (a rank that was pruned to nothing).
         reads_adapters: field -> PEFT type of the trained adapters that it names, by folder or run directory.
@@ -117,6 +118,7 @@ class Method:
     needs_whole_weights: bool = False
     virtual_tokens: Callable[[Any], int] = lambda section: 0
     no_decay: tuple[str, ...] = ()
+    skips_parameters: Callable[[Any], bool] = lambda section: False
     rows_interact: bool = False
     may_be_empty: bool = False
     reads_adapters: Mapping[str, str] = field(default_factory=dict)

@@ -53,4 +53,5 @@ LOHA = Method(
     left_out={"use_effective_conv2d": "for convolutions, which no model here has"},
     check=check_targets,
     to_lora=True,
+    skips_parameters=lambda section: section.module_dropout > 0,
 )

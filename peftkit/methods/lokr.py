@@ -73,4 +73,5 @@ LOKR = Method(
     check=_check,
     fits=_fits,
     to_lora=True,
+    skips_parameters=lambda section: section.module_dropout > 0,
 )

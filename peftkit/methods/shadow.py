@@ -90,4 +90,5 @@ SHADOW = Method(
     },
     check=_check,
     runtime_module="peftkit.methods.shadow_torch",
+    skips_parameters=lambda section: True,
 )

@@ -226,7 +226,7 @@ def _problem(key: Key, items: list[Any], data: Any, places: Mapping[Key, str]) -
     else:
         allowed = key_info(dotted, info).type_text if info is not None else item["msg"]
         what = f"{_shown(item['input'])} is not allowed; it takes {allowed}"
-        what += _close(str(item["input"]), allowed.split(" | "))
+        what += did_you_mean(str(item["input"]), allowed.split(" | "))
         if type(item["input"]) in (int, float, bool) and "text" in allowed.replace("mapping from text", ""):
             what += "; in quotes it is text"
     return Problem(_place(places, key), dotted, what)
@@ -237,7 +237,7 @@ def _method_problem(item: Any) -> str:
     if item["type"] == "union_tag_not_found":
         return f"is missing; it takes one of: {names}"
     tag = str(item["ctx"]["tag"])
-    return f"no method is called `{tag}`; there are: {names}" + _close(tag, METHODS)
+    return f"no method is called `{tag}`; there are: {names}" + did_you_mean(tag, METHODS)
 
 
 def _field_at(key: Key, data: Any) -> tuple[type[BaseModel] | None, Any]:
@@ -264,7 +264,7 @@ def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:
         return f"no such key for this method; it belongs to `method: {' or '.join(methods[:3])}`{others}"
     if name in FOREIGN_KEYS:
         return f"no such key; here it is {FOREIGN_KEYS[name]}"
-    close = _close(name, section.model_fields) if section is not None else ""
+    close = did_you_mean(name, section.model_fields) if section is not None else ""
     if close:
         return f"no such key{close}"
     if ours:
@@ -273,7 +273,8 @@ def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:
     return f"no such key; there are: {known}"
 
 
-def _close(name: str, candidates: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """The best suggestion for a mistyped name, as the end of a sentence; empty where there is none."""
     close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.75)
     best = max(close, key=lambda other: (sorted(other) == sorted(name), other[0] == name[0]), default="")
     return f"; did you mean `{best}`?" if best else ""

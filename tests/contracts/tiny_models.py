@@ -47,6 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
 }  # fmt: skip
+DECODERS = ("bloom", "falcon", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3_moe")
 _NO_DROPOUT = ("dropout", "pdrop", "drop_rate", "drop_prob")
 
 
@@ -69,6 +70,3 @@ def save_tiny_model(model_type: str, folder: Path, **changes: Any) -> Path:
     auto.from_config(config).save_pretrained(folder)
     tiny_tokenizer(adds_end=model_type in ("t5", "bart")).save_pretrained(folder)
     return folder
-
-
-DECODERS = {"bloom", "falcon", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3_moe", "xlnet"}

@@ -127,6 +127,16 @@ def test_compare_counts_other_methods_on_the_same_model(cli: Any, write_recipe: 
     assert found["head"]["trainable_params"] == 300 * 32
 
 
+def test_compare_says_why_a_method_does_not_fit_and_counts_the_others(cli: Any, write_recipe: Any, tmp_path: Path) -> None:
+    recipe = recipe_for(config_only(tmp_path, "llama", GQA), r=2)
+    result = cli("params", write_recipe(recipe), "--compare", "c3a,bitfit,cpt,ia3", "--json")
+    found = {row["method"]: row for row in map(json.loads, result.out.splitlines())}
+    assert found["c3a"]["problem"].startswith("block_size is 256, which does not divide the inputs and the outputs; 16, 8")
+    assert found["bitfit"]["problem"] == "`bitfit` does not work on `llama`: its layers have no biases"
+    assert found["cpt"]["problem"].startswith("examples is missing")
+    assert found["ia3"]["trainable_params"] == 2 * (16 + 16 + 64)  # layers x (k_proj + v_proj + inputs of down_proj)
+
+
 def test_an_unknown_method_to_compare_is_refused(cli: Any, write_recipe: Any, tmp_path: Path) -> None:
     result = cli("params", write_recipe(recipe_for(config_only(tmp_path, "llama", GQA))), "--compare", "lorra")
     assert result.code == 2
