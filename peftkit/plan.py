@@ -87,11 +87,6 @@ class Plan:
         has_validation = self.recipe.data is not None and self.recipe.data.validation is not None
         return has_validation if wanted is None else wanted
 
-    @property
-    def metric_for_best(self) -> str:
-        """The metric that decides which adapter is best."""
-        return self.recipe.training.metric_for_best_model or self.task.default_metric
-
 
 def make_plan(loaded: LoadedRecipe, hardware: Hardware) -> Plan:
     """Decide everything that the recipe leaves open.

@@ -19,7 +19,8 @@ def init(path: Path, task: str, method: str, model: str | None, force: bool) -> 
     if task.upper() not in TASKS:
         raise RecipeError(f"--task: no task is called `{task}`; there are: {', '.join(TASKS)}")
     if method.lower() not in METHODS:
-        raise RecipeError(f"--method: no method is called `{method}`; there are: {', '.join(METHODS)}" + did_you_mean(method, METHODS))
+        known = ", ".join(METHODS) + did_you_mean(method, METHODS)
+        raise RecipeError(f"--method: no method is called `{method}`; there are: {known}")
     if reason := why_not(METHODS[method.lower()], task.upper(), {}):
         raise RecipeError(f"--method: {reason}. These do: {', '.join(methods_for(task.upper(), {}))}")
     if path.exists() and not force:

@@ -17,6 +17,9 @@ from peftkit.recipe.fit import why_not
 from peftkit.recipe.load import did_you_mean
 
 
+_COLUMNS = ("method", "trainable_params", "all_params", "trainable_percent", "problem")
+
+
 def params(loaded: LoadedRecipe, methods: list[str], by_module: bool, as_json: bool) -> None:
     """Print the counts of one recipe, or of one recipe by method."""
     plan = make_plan(loaded, detect_hardware())
@@ -51,7 +54,7 @@ def _compare(plan: Plan, methods: list[str], as_json: bool) -> None:
             result = {"method": part.method.name, "task": part.task.name, "problem": what}
         if as_json:
             console.print_json(result)
-        rows.append([result.get(key, "") for key in ("method", "trainable_params", "all_params", "trainable_percent", "problem")])
+        rows.append([result.get(key, "") for key in _COLUMNS])
     if not as_json:
         console.print_wide_table("", ["method", "trainable", "all", "%", "problem"], rows)
 

@@ -94,7 +94,7 @@ class BdLora(Section):
 
 
 class Arrow(Section):
-    """Arrow (Ostapenko et al. 2024, arXiv:2405.11157): every token goes to the trained adapters that its hidden state fits best."""
+    """Arrow (Ostapenko et al. 2024, arXiv:2405.11157): every token goes to the trained adapters that fit its hidden state."""
 
     adapters: list[str] = Field(min_length=2, description="Run directories or folders of the LoRA adapters to choose from.")
     general_adapters: list[str] = Field([], description="LoRA adapters of general knowledge, taken out of each (use_gks).")

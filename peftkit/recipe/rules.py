@@ -12,6 +12,7 @@ import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -61,6 +62,15 @@ def written(section: BaseModel, *names: str) -> list[str]:
     return [name for name in names if name in section.model_fields_set and getattr(section, name) != fields[name].default]
 
 
+def _json_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _adapters(recipe_dir: Path, key: str, value: list[str] | str | None, kind: str) -> Iterator[Finding]:
     """Trained adapters that a recipe builds on: they must be there, and of the right type."""
     for name in [value] if isinstance(value, str) else value or []:
@@ -68,7 +78,7 @@ def _adapters(recipe_dir: Path, key: str, value: list[str] | str | None, kind: s
         if folder is None:
             what = f"`{name}` is neither a run directory nor an adapter folder (looked in {places_text(recipe_dir)})"
             yield f"adapter.{key}", what, 7
-        elif f'"{kind}"' not in (folder / "adapter_config.json").read_text(encoding="utf-8"):
+        elif _json_mapping(folder / "adapter_config.json").get("peft_type") != kind:
             yield f"adapter.{key}", f"`{name}` is no {kind} adapter, as its adapter_config.json says", 7
 
 

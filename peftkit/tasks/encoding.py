@@ -56,6 +56,7 @@ class Encoding:
         train_on: which tokens are targets.
         labels: names of the classes in order, for tasks that have them.
         problem_type: `single_label_classification`, `multi_label_classification` or `regression`, for SEQ_CLS.
+        adds_end: whether a text gets an end token where the tokenizer gives it none: models with a decoder pool that token.
         task_names: what `task_id` may be, in order, for methods that learn from several tasks.
         span: for QUESTION_ANS.
         embedding: for FEATURE_EXTRACTION.
@@ -66,6 +67,7 @@ class Encoding:
     train_on: str = "completion"
     labels: tuple[str, ...] = ()
     problem_type: str = ""
+    adds_end: bool = False
     task_names: tuple[str, ...] = ()
     span: SpanSettings | None = None
     embedding: EmbeddingSettings | None = None

@@ -44,6 +44,7 @@ def _problem_type(rows: Rows) -> str:
 
 def _settle(stated: Encoding, rows: Rows, model_kind: str | None) -> Encoding:
     """The problem type and the names of the classes, where the recipe names neither."""
+    stated = dataclasses.replace(stated, adds_end=model_kind == "encoder-decoder")
     kind = _problem_type(rows) if stated.problem_type == "auto" else stated.problem_type
     if kind == REGRESSION:
         return dataclasses.replace(stated, problem_type=kind, labels=())

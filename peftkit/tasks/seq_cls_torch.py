@@ -34,13 +34,20 @@ class Runtime(BaseRuntime):
         names = self._names(row["label"]) if target and self.problem_type != REGRESSION else []
         label = self._label(row.get("label"), names, target)
         encoded = self.tokenizer(row["text"], row.get("text_pair"))
-        num_tokens = len(encoded["input_ids"])
+        num_tokens = len(encoded["input_ids"]) + self._lacks_end(encoded["input_ids"])
         if fit_length(num_tokens, self.settings) is None:
             return None
         if num_tokens > self.settings.max_length:
             encoded = self._cut(row)  # by the tokenizer, which keeps the special tokens at both ends
-        inputs = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+        inputs = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
+        if self._lacks_end(inputs["input_ids"]):
+            kept = slice(self.settings.max_length - 1)
+            inputs["input_ids"] = [*inputs["input_ids"][kept], self.tokenizer.eos_token_id]
         return Example(inputs, label, 1, origin, num_tokens, details={"classes": names})
+
+    def _lacks_end(self, ids: list[int]) -> bool:
+        """Whether a text wants an end token that its tokenizer has not given it."""
+        return self.settings.adds_end and ids[-1:] != [self.tokenizer.eos_token_id]
 
     def _cut(self, row: Mapping[str, Any]) -> Any:
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, self.settings.truncation

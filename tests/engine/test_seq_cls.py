@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peftkit.formats.base import RowError
 from peftkit.tasks import TASKS
 from peftkit.tasks.base import IGNORE_INDEX, Encoding, Runtime
 from tests.conftest import tiny_tokenizer, write_jsonl
+from tests.runs import run_cli, tiny_recipe, train
 
 
 def runtime_of(labels: tuple[str, ...] = ("neg", "pos"), **settings: Any) -> Runtime:
@@ -295,3 +297,14 @@ def test_a_problem_type_is_for_classifiers_only(cli: Any, write_recipe: Any, lm_
     result = cli("validate", write_recipe(lm_recipe))
     assert result.code == 2
     assert "data.problem_type: has no effect for CAUSAL_LM" in result.err
+
+
+def test_a_text_for_a_model_that_pools_its_end_token_gets_one(models_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "t5"
+    shutil.copytree(models_dir / "t5", model)
+    tiny_tokenizer().save_pretrained(model)  # which ends no text
+    data = {"max_length": 12, "truncation": "right"}
+    recipe = tiny_recipe("SEQ_CLS", models_dir, tmp_path, model={"name_or_path": str(model)}, data=data)
+    assert train(recipe, tmp_path / "run")["certificate"]["passed"]
+    answered = run_cli("infer", "--adapter", tmp_path / "run", "--prompt", "a good film", "--json")
+    assert answered.json["prediction"] in ("pos", "neg")
