@@ -16,7 +16,6 @@ from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.fit import why_not
 from peftkit.recipe.load import did_you_mean
 
-
 _COLUMNS = ("method", "trainable_params", "all_params", "trainable_percent", "problem")
 
 

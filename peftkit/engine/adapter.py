@@ -89,7 +89,7 @@ def _inject(model: PreTrainedModel, whole: Sequence[str], context: Context) -> n
             if not context.shapes_only and (prepare := hook(plan.method, "before_attach")):
                 prepare(model, config, context)
             attach = hook(plan.method, "attach")
-            options = {"low_cpu_mem_usage": context.shapes_only}
+            options: dict[str, Any] = {"low_cpu_mem_usage": context.shapes_only}
             adapted = attach(AdaptedModel, model, config, context) if attach else AdaptedModel(model, config, **options)
             if finish := hook(plan.method, "after_attach"):
                 finish(adapted, section, context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from pydantic import BaseModel, ValidationError
 
 from peftkit.errors import Problem, RecipeError
 from peftkit.methods import METHODS
-from peftkit.recipe.explain import all_keys, key_info, section_of
-from peftkit.recipe.foreign import FOREIGN_KEYS
 from peftkit.recipe.rules import check_rules
 from peftkit.recipe.schema import Recipe
 from peftkit.recipe.yaml_file import Key, parse_yaml, read_yaml
@@ -209,10 +206,14 @@ def _section_at(section: type[BaseModel] | None, part: int | str, data: Any) -> 
         adapter = data.get("adapter") if isinstance(data, dict) else None
         method = METHODS.get(str(adapter.get("method"))) if isinstance(adapter, dict) else None
         return method.section if method else None
+    from peftkit.recipe.explain import section_of
+
     return section_of(section.model_fields[str(part)].annotation)
 
 
 def _problem(key: Key, items: list[Any], data: Any, places: Mapping[Key, str]) -> Problem:
+    from peftkit.recipe.explain import key_info  # only errors need it: a sound recipe is answered sooner
+
     item = items[0]
     dotted = ".".join(map(str, key))
     parent, info = _field_at(key, data)
@@ -256,6 +257,9 @@ def _field_at(key: Key, data: Any) -> tuple[type[BaseModel] | None, Any]:
 
 def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:
     """The sentence for a key that does not exist, with the best suggestion there is."""
+    from peftkit.recipe.explain import all_keys
+    from peftkit.recipe.foreign import FOREIGN_KEYS
+
     same = [info for info in all_keys() if info.path.rpartition(".")[2] == name]
     methods = [info.method for info in same if info.path == f"{prefix}.{name}"]
     ours = [info.path for info in same if info.path != f"{prefix}.{name}"]
@@ -275,6 +279,8 @@ def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """The best suggestion for a mistyped name, as the end of a sentence; empty where there is none."""
+    import difflib
+
     close = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.75)
     best = max(close, key=lambda other: (sorted(other) == sorted(name), other[0] == name[0]), default="")
     return f"; did you mean `{best}`?" if best else ""

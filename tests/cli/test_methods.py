@@ -65,5 +65,5 @@ def test_one_method_is_shown_with_what_it_can_do(cli: Cli, method: str, line: st
 
 def test_a_method_that_there_is_not_is_refused(cli: Cli) -> None:
     result = cli("methods", "lorra")
-    words = f"no method is called `lorra`; there are: {', '.join(METHODS)}"
+    words = f"no method is called `lorra`; there are: {', '.join(METHODS)}; did you mean `lora`?"
     assert (result.code, result.err) == (2, f"peftkit: error (exit 2):\n{words}\n")

@@ -156,7 +156,7 @@ def test_init_refuses_to_overwrite_without_force(cli: Cli, tmp_path: Path) -> No
     ("option", "words"),
     [
         (["--task", "NER"], f"--task: no task is called `NER`; there are: {', '.join(TASKS)}"),
-        (["--method", "lorra"], f"--method: no method is called `lorra`; there are: {NAMES}"),
+        (["--method", "lorra"], f"--method: no method is called `lorra`; there are: {NAMES}; did you mean `lora`?"),
     ],
 )
 def test_init_refuses_what_there_is_not(cli: Cli, tmp_path: Path, option: list[str], words: str) -> None:
