@@ -143,11 +143,22 @@ def _machine_problems(recipe: Recipe, hardware: Hardware) -> list[tuple[str, str
         )
     if METHODS[recipe.adapter.method].stands_alone and recipe.model.dtype == "float16":
         problems.append(("model.dtype", "weights that are trained themselves lose their updates in float16; use float32"))
-    if str(recipe.model.attn_implementation).startswith("flash_attention") and device != "cuda":
-        problems.append(("model.attn_implementation", f"`{recipe.model.attn_implementation}` needs a CUDA GPU; use sdpa"))
+    problems += _needs_cuda(recipe, device)
     if training.batch_size < hardware.num_processes:
         what = f"{training.batch_size} sequences cannot feed {hardware.num_processes} processes"
         problems.append(("training.batch_size", what))
+    return problems
+
+
+def _needs_cuda(recipe: Recipe, device: str) -> list[tuple[str, str]]:
+    if device == "cuda":
+        return []
+    problems = []
+    if str(recipe.model.attn_implementation).startswith("flash_attention"):
+        problems.append(("model.attn_implementation", f"`{recipe.model.attn_implementation}` needs a CUDA GPU; use sdpa"))
+    if field := METHODS[recipe.adapter.method].needs_cuda(recipe.adapter):
+        value = getattr(recipe.adapter, field)
+        problems.append((f"adapter.{field}", f"`{value}` needs a CUDA GPU, this machine has none"))
     return problems
 
 

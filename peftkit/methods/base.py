@@ -69,6 +69,7 @@ class Method:
         skips_parameters: whether a step of this section can leave trained parameters without a gradient.
         rows_interact: whether the rows of a batch change each other's outputs, so that each must be answered alone.
         may_be_empty: whether a tensor without elements is a sound result (a rank that was pruned to nothing).
+        needs_cuda: the field of this section that works on a CUDA GPU only; empty where none does.
         reads_adapters: field -> PEFT type of the trained adapters that it names, by folder or run directory.
         starter: field -> YAML text that a new recipe states for it, where the default is not what one would begin with.
         requires: Python packages that it needs beyond ours, by import name.
@@ -121,6 +122,7 @@ class Method:
     skips_parameters: Callable[[Any], bool] = lambda section: False
     rows_interact: bool = False
     may_be_empty: bool = False
+    needs_cuda: Callable[[Any], str] = lambda section: ""
     reads_adapters: Mapping[str, str] = field(default_factory=dict)
     starter: Mapping[str, str] = field(default_factory=dict)
     requires: tuple[str, ...] = ()

@@ -275,6 +275,7 @@ LORA = Method(
     fits=_fits,
     runtime_module="peftkit.methods.lora_torch",
     not_mergeable_with=_not_mergeable_with,
+    needs_cuda=lambda section: "init_lora_weights" if section.init_lora_weights == "loftq" else "",
     trains_nothing=lambda section: section.arrow_config is not None,
     tasks_with=lambda section: WITHOUT_HEAD if section.arrow_config is not None else EVERY_TASK,
     reads_adapters={"arrow_config.adapters": "LORA", "arrow_config.general_adapters": "LORA"},

@@ -125,6 +125,13 @@ def test_what_a_machine_cannot_do_is_refused(
     assert words in found.what
 
 
+def test_loftq_is_for_cuda(plan_for: PlanFor) -> None:
+    loftq = ["adapter.init_lora_weights=loftq", "adapter.loftq_config={loftq_bits: 4}"]
+    with pytest.raises(RecipeError, match=r"adapter\.init_lora_weights: `loftq` needs a CUDA GPU, this machine has none"):
+        plan_for(CPU, *loftq)
+    assert plan_for(GPU, *loftq).recipe.adapter.loftq_config.loftq_bits == 4
+
+
 def test_full_fine_tuning_of_float16_weights_is_refused_everywhere(plan_for: PlanFor) -> None:
     with pytest.raises(RecipeError, match=r"model\.dtype: weights that are trained themselves lose their updates in float16"):
         plan_for(GPU, "adapter.method=full", "model.dtype=float16")
