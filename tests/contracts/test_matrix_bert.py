@@ -12,5 +12,5 @@ CELLS = cells("bert")
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=[f"{cell.task}-{cell.method}" for cell in CELLS])
-def test_a_method_works_on_(cell: Cell, models_dir: Path, tmp_path: Path) -> None:
+def test_a_method_works_on_an_encoder_or_is_refused(cell: Cell, models_dir: Path, tmp_path: Path) -> None:
     run_cell(cell, models_dir, tmp_path)
