@@ -165,6 +165,7 @@ class _Embeddings:
         _shift_positions(inputs, self.num_tokens, add=first)
         if first:
             prompts = adapted.get_prompt(embeds.shape[0], adapted.tasks_of(embeds.shape[0])).to(embeds.dtype)
+            prompts = prompts[:, : self.num_tokens]  # PEFT trains as many again for a decoder, and generates without them
             inputs |= {"inputs_embeds": torch.cat([prompts, embeds], dim=1), "input_ids": None}
             if inputs.get("token_type_ids") is not None:
                 inputs["token_type_ids"] = nn.functional.pad(inputs["token_type_ids"], (self.num_tokens, 0))

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peftkit.engine.facts import AdapterFacts, read_facts
+from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.store import load_into
@@ -107,6 +107,7 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
     facts = read_facts(folder, base)
     if facts.task not in TASKS:
         raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
+    _require_own_virtual_tokens(folder, facts)
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     source = facts.base_model(folder)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -125,3 +126,14 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
     device = Accelerator().device
     return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)
+
+
+def _require_own_virtual_tokens(folder: Path, facts: AdapterFacts) -> None:
+    """Raise where PEFT itself has trained virtual tokens with a head, which then reads them in place of the text's own."""
+    method = METHODS.get(facts.method)
+    embedded = method is not None and method.virtual_tokens_in == "embeddings"
+    if embedded and TASKS[facts.task].has_head and not (folder / FACTS).is_file():
+        raise LoadError(
+            f"{folder} was trained by PEFT alone, which lets the head of {facts.task} read virtual tokens (0.21); here it "
+            "reads the text, so that its answers would be wrong: use PEFT for it, or train it anew"
+        )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.contracts.matrix import SETTINGS
-from tests.runs import tiny_recipe, train
+from tests.runs import run_cli, tiny_recipe, train
 
 PROMPTS = ["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge", "cpt", "multitask_prompt_tuning"]
 TEXTS = ["the cat", "seven small dogs ran home because it was late", "an old tree"]
@@ -137,3 +137,31 @@ def test_plain_peft_loads_a_causal_adapter_with_the_same_logits(adapter: Any, mo
     with torch.no_grad():
         theirs = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -4:]
         torch.testing.assert_close(theirs, loaded.model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_virtual_tokens_that_peft_has_trained_with_a_head_are_refused(models_dir: Path, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(models_dir / "bert", num_labels=2)
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    peft.get_peft_model(base, config).save_pretrained(str(tmp_path / "theirs"))
+    result = run_cli("infer", "--adapter", tmp_path / "theirs", "--prompt", "the cat")
+    assert (result.code, "was trained by PEFT alone" in result.err) == (7, True)
+
+
+def test_virtual_tokens_that_peft_has_trained_for_an_encoder_and_a_decoder_generate_as_there(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    import peft
+    from transformers import AutoModelForSeq2SeqLM
+
+    from peftkit.engine.loaded import load_adapter
+
+    base = AutoModelForSeq2SeqLM.from_pretrained(models_dir / "t5")
+    theirs = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = load_adapter(tmp_path / "theirs")
+    ids = torch.tensor([[10, 11, 12, 13, 2]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    assert ours.model.generate(**inputs).tolist() == theirs.generate(**inputs).tolist()
