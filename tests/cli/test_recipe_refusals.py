@@ -232,7 +232,9 @@ def test_a_bug_of_ours_exits_with_1_and_names_a_file_with_the_traceback(cli: Cli
 
 
 def test_an_interrupted_command_exits_with_130() -> None:
-    program = "import sys, peftkit.cli as c, peftkit.recipe.explain as e, time\n"
+    program = "import signal, sys, peftkit.cli as c, peftkit.recipe.explain as e, time\n"
+    # A shell without job control starts background jobs, and all that these start, with SIGINT ignored.
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program += "e.json_schema = lambda: (print('ready', file=sys.stderr, flush=True), time.sleep(60))\n"
     program += "sys.argv = ['peftkit', 'schema']; c.main()"
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
