@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftkit.recipe import load_recipe
-from peftkit.recipe.rules import EMBEDDED_MODELS
+from peftkit.recipe.paths import EMBEDDED_MODELS
 from peftkit.recipe.yaml_file import read_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -21,8 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from peftkit.engine.modules import is_tied, linearised
 from peftkit.errors import LoadError
 from peftkit.plan import Plan
-from peftkit.recipe.paths import find_path
-from peftkit.recipe.rules import EMBEDDED_MODELS
+from peftkit.recipe.paths import EMBEDDED_MODELS, find_path
 from peftkit.tasks.base import Encoding, Task
 from peftkit.tasks.causal_lm_torch import default_chat_template
 

