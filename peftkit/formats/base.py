@@ -19,7 +19,7 @@ class RowError(ValueError):
     """A row that a format or a task cannot read; the caller adds file and row number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # one of a kind each; what is not generated starts faster
 class Format:
     """One data format.
 

@@ -20,7 +20,7 @@ WITHOUT_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 BOTH: tuple[Quantization, ...] = ("4bit", "8bit")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # one of a kind each; what is not generated starts faster
 class Method:
     """One adapter method.
 

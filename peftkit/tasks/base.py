@@ -29,7 +29,7 @@ def _as_stated(stated: Encoding, rows: Rows, model_kind: str | None) -> Encoding
     return stated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # one of a kind each; what is not generated starts faster
 class Task:
     """One task type.
 
