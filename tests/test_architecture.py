@@ -167,7 +167,7 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({HEAVY!r}
 
 @pytest.mark.parametrize("command", ["--help", "validate"])
 def test_the_command_line_starts_fast(command: str, recipe_path: Path) -> None:
-    """Seconds depend on the machine; the ratio to what the parser and the schema cost does not. CPU time: not on load either."""
+    """Seconds depend on the machine; the ratio to what the parser and the schema cost does not. CPU time ignores its load."""
     floor = [sys.executable, "-c", "import typer, pydantic, yaml, rich.console"]
     ours = [sys.executable, "-m", "peftkit", command, *([str(recipe_path)] if command == "validate" else [])]
     best = {"floor": float("inf"), "ours": float("inf")}
