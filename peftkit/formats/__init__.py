@@ -1,19 +1,25 @@
 """The data formats. One function per format, and this table: grep finds every one of them here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from peftkit.formats.base import Format
-from peftkit.formats.classification import CLASSIFICATION
-from peftkit.formats.language import CHAT, INSTRUCTION, PROMPT_COMPLETION, SEQ2SEQ, TEXT
-from peftkit.formats.pairs import PAIRS
-from peftkit.formats.question_answering import QUESTION_ANSWERING
-from peftkit.formats.tokens import TOKENS
+from peftkit.table import Table
 
 # The order is the order in which `format: auto` tries them: the most specific columns first.
-FORMATS: dict[str, Format] = {
-    item.name: item
-    for item in (CHAT, TOKENS, QUESTION_ANSWERING, CLASSIFICATION, PAIRS, PROMPT_COMPLETION, INSTRUCTION, SEQ2SEQ, TEXT)
+_MODULES = {
+    "pretokenized": "pretokenized",
+    "preference": "preference",
+    "chat": "chat",
+    "tokens": "tokens",
+    "question_answering": "question_answering",
+    "classification": "classification",
+    "pairs": "pairs",
+    "prompt_completion": "language",
+    "instruction": "instruction",
+    "seq2seq": "language",
+    "text": "language",
 }
+FORMATS: Mapping[str, Format] = Table({name: f"peftkit.formats.{module}:{name.upper()}" for name, module in _MODULES.items()})
 
 
 def detect_format(columns: frozenset[str], fits: Callable[[Sequence[str]], bool] = lambda yields: True) -> Format | None:
