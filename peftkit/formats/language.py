@@ -1,68 +1,69 @@
-"""Formats for language models: instruction, chat, prompt_completion, text, seq2seq."""
+"""Formats of plain text: prompt_completion, text, seq2seq."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peftkit.formats.base import CanonicalRow, Format, RawRow, RowError, text_of
+from peftkit.formats.base import CanonicalRow, Format, RawRow, RowError, is_missing, kind_of, shown, text_of
+from peftkit.formats.messages import as_prompt, check_answer, check_only_text, check_wanted, messages_of, tools_of, with_system
 
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_ALLOWED_ROLES = ("system", "user", "assistant", "tool")
-_ANSWERS = ("output", "answer", "response", "completion")
-_QUESTIONS = ("instruction", "question")
-
-
-def _instruction(row: RawRow, target: bool) -> CanonicalRow:
-    messages: list[dict[str, Any]] = []
-    system = text_of(row, "system", required=False)
-    if system:
-        messages.append({"role": "system", "content": system})
-    history = row.get("history") or []
-    for turn in history if isinstance(history, list | tuple) else [None]:
-        if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
-            raise RowError("`history` must be a list of [user text, assistant text] pairs")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    question = text_of(row, *_QUESTIONS)
-    extra = text_of(row, "input", required=False)
-    messages.append({"role": "user", "content": f"{question}\n{extra}" if extra.strip() else question})
-    if target:
-        messages.append({"role": "assistant", "content": text_of(row, *_ANSWERS)})
-    return {"messages": messages}
-
-
-def _chat(row: RawRow, target: bool) -> CanonicalRow:
-    turns = row.get("messages") or row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise RowError("no `messages` (or `conversations`): a list of turns with role and content")
-    messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
-    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    if target and not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no assistant turn: there is nothing to learn")
-    if not target:
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-    return {"messages": messages}
-
-
-def _message(turn: Any, number: int) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise RowError(f"turn {number} is not a mapping with role and content")
-    role = turn.get("role", turn.get("from"))
-    role = _ROLES.get(str(role), role)
-    if role not in _ALLOWED_ROLES:
-        raise RowError(f"turn {number} has the role {role!r}; allowed: {', '.join(_ALLOWED_ROLES)}, human, gpt")
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(content, str):
-        raise RowError(f"turn {number} has no text in `content`")
-    if role == "assistant" and not content.strip():
-        raise RowError(f"turn {number} is a blank assistant turn")
-    return {"role": role, "content": content}
+_COMPLETIONS = ("completion", "response")
 
 
 def _prompt_completion(row: RawRow, target: bool) -> CanonicalRow:
+    check_only_text(row)
+    if target:
+        check_wanted(row)
+    if not is_missing(row.get("segments")):
+        return {"segments": _segments(row["segments"], target)}
+    if isinstance(row.get("prompt"), list):
+        return _conversation(row, target)
     result = {"prompt": text_of(row, "prompt")}
-    return result | {"completion": text_of(row, "completion", "response")} if target else result
+    if text_of(row, "system", "system_prompt", required=False):
+        raise RowError(
+            "a text in `prompt` is used as it is, so that the system prompt would be lost; use `format: instruction` with "
+            "`columns: {instruction: prompt}`"
+        )
+    return result | {"completion": text_of(row, *_COMPLETIONS)} if target else result
+
+
+def _conversation(row: RawRow, target: bool) -> CanonicalRow:
+    """Messages from a prompt and a completion that are lists of turns; of the prompt's turns none is learned."""
+    prompt = as_prompt(with_system(messages_of(row["prompt"], "prompt", " of `prompt`"), row))
+    if not target:
+        return {"messages": prompt} | tools_of(row)
+    column = next((name for name in _COMPLETIONS if not is_missing(row.get(name))), "completion")
+    if isinstance(row.get(column), str):
+        raise RowError(f"`prompt` is a list of turns and `{column}` is text; both must be lists, or both texts")
+    completion = messages_of(row.get(column), column, f" of `{column}`")
+    check_answer(completion)
+    return {"messages": [*prompt, *completion]} | tools_of(row)
+
+
+def _segments(segments: Any, target: bool) -> list[dict[str, Any]]:
+    if not isinstance(segments, list) or not segments:
+        raise RowError(f"column `segments` holds {shown(segments)}; it must be a list of segments with text and label")
+    made = [_segment(segment, number) for number, segment in enumerate(segments, 1)]
+    if target:
+        if not any(segment["train"] and segment["text"].strip() for segment in made):
+            raise RowError("no segment with text has `label: true`: there is nothing to learn")
+        return made
+    while made and made[-1]["train"]:
+        made.pop()
+    if not any(segment["text"].strip() for segment in made):
+        raise RowError("no segment with text comes before those that are learned: there is nothing to continue")
+    return made
+
+
+def _segment(segment: Any, number: int) -> dict[str, Any]:
+    if not isinstance(segment, dict):
+        raise RowError(f"segment {number} is {kind_of(segment)}, not a mapping with text and label")
+    train = segment.get("train") if is_missing(segment.get("label")) else segment["label"]
+    if not isinstance(train, bool):
+        raise RowError(f"segment {number} has the `label` {shown(train)}; it must be true (learned) or false")
+    if not isinstance(segment.get("text"), str):
+        raise RowError(f"segment {number} has no text in `text`")
+    return {"text": segment["text"], "train": train}
 
 
 def _text(row: RawRow, target: bool) -> CanonicalRow:
@@ -70,42 +71,40 @@ def _text(row: RawRow, target: bool) -> CanonicalRow:
 
 
 def _seq2seq(row: RawRow, target: bool) -> CanonicalRow:
+    if isinstance(row.get("translation"), dict) and not {"source", "target"} & row.keys():
+        names = [str(name) for name in row["translation"]]
+        first, second = names[:2] if len(names) > 1 else ("en", "de")
+        raise RowError(
+            f"`translation` has {', '.join(names) or 'no languages'} and does not say which is the source; set `columns: "
+            f"{{source: translation.{first}, target: translation.{second}}}`, or the other way round"
+        )
     result = {"prompt": text_of(row, "source")}
     return result | {"completion": text_of(row, "target")} if target else result
 
 
-INSTRUCTION = Format(
-    name="instruction",
-    summary="instruction (or question), optional input, system, history; output (or answer, response)",
-    yields=("messages",),
-    matches=lambda names: bool(names & {*_QUESTIONS}) and bool(names & {*_ANSWERS}),
-    convert=_instruction,
-)
-CHAT = Format(
-    name="chat",
-    summary="messages [{role, content}] or conversations [{from, value}], optional system",
-    yields=("messages",),
-    matches=lambda names: bool(names & {"messages", "conversations"}),
-    convert=_chat,
-)
 PROMPT_COMPLETION = Format(
     name="prompt_completion",
-    summary="prompt and completion (or response), used as they are, without chat template",
+    summary="prompt and completion (or response): texts used as they are, without chat template, or lists of messages; "
+    "or segments [{text, label: whether it is learned}]",
     yields=("prompt", "completion"),
-    matches=lambda names: "prompt" in names and bool(names & {"completion", "response"}),
-    convert=_prompt_completion,
+    matches=lambda names: ("prompt" in names and bool(names & {*_COMPLETIONS})) or "segments" in names,
+    read=_prompt_completion,
+    example={"prompt": "2 + 3 =", "completion": " 5"},
+    also_yields=(("messages",), ("segments",)),
 )
 TEXT = Format(
     name="text",
     summary="text, every token of which is learned (continued pretraining)",
     yields=("text",),
-    matches=lambda names: "text" in names and "label" not in names,
-    convert=_text,
+    matches=lambda names: "text" in names and not names & {"label", "labels"},
+    read=_text,
+    example={"text": "Two and three make five."},
 )
 SEQ2SEQ = Format(
     name="seq2seq",
     summary="source and target, used as they are",
     yields=("prompt", "completion"),
-    matches=lambda names: {"source", "target"} <= names,
-    convert=_seq2seq,
+    matches=lambda names: {"source", "target"} <= names or "translation" in names,
+    read=_seq2seq,
+    example={"source": "two and three", "target": "zwei und drei"},
 )

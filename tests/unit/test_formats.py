@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from peftkit.formats import FORMATS, detect_format
-from peftkit.formats.base import RowError
-from peftkit.tasks import TASKS
+from peftkit.formats.base import Format, RowError
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -69,6 +72,27 @@ GOOD: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("pairs", {"sentence1": "hi", "sentence2": "ho", "score": 3}, {"anchor": "hi", "positive": "ho", "score": 3.0}),
     ("pairs", {"text": "hi", "text_pair": "ho", "score": "0.5"}, {"anchor": "hi", "positive": "ho", "score": 0.5}),
+    ("classification", {"text": "hi", "labels": ["a", "b"]}, {"text": "hi", "label": ["a", "b"]}),
+    ("classification", {"text": "hi", "label": None, "labels": [2, 5]}, {"text": "hi", "label": [2, 5]}),
+    ("tokens", {"words": ["hi", "ho"], "labels": ["S-X", "E-Y"]}, {"tokens": ["hi", "ho"], "tags": ["S-X", "E-Y"]}),
+    ("question_answering", {**ASKING, "answers": None, "is_impossible": True}, MISSING),
+    ("question_answering", {**MISSING, "is_impossible": "True"}, MISSING),
+    ("question_answering", {**FOUND, "is_impossible": False}, FOUND),
+    (
+        "question_answering", {**ASKING, "answers": {"text": ["ho", "hi"], "answer_start": [3, 0]}},
+        {**ASKING, "answers": {"text": ["ho", "hi"], "answer_start": [3, 0]}},
+    ),
+    ("prompt_completion", {"prompt": "hi", "completion": "ho", "label": True}, {"prompt": "hi", "completion": "ho"}),
+    ("prompt_completion", {"prompt": ASKED[:1], "completion": ASKED[1:]}, {"messages": ASKED}),
+    (
+        "prompt_completion", {"prompt": [*ASKED, ASKED[0]], "completion": ASKED[1:], "system": "be"},
+        {"messages": [said("system", "be"), ASKED[0], ASKED[1] | {"weight": 0.0}, *ASKED]},
+    ),
+    (
+        "prompt_completion", {"segments": [{"label": False, "text": "<s>hi "}, {"label": True, "text": "ho</s>"}]},
+        {"segments": [{"text": "<s>hi ", "train": False}, {"text": "ho</s>", "train": True}]},
+    ),
+    ("seq2seq", {"source": "hi", "target": "ho", "translation": {"en": "hi"}}, {"prompt": "hi", "completion": "ho"}),
     ("classification", {"sentence1": "hi", "sentence2": "ho", "label": "x"}, {"text": "hi", "text_pair": "ho", "label": "x"}),
 ]  # fmt: skip
 
@@ -79,15 +103,139 @@ def test_a_good_row_becomes_canonical_columns(name: str, row: dict[str, Any], ca
 
 
 @pytest.mark.parametrize(("name", "row", "canonical"), GOOD)
-def test_a_row_yields_the_columns_that_its_format_promises(name: str, row: dict[str, Any], canonical: dict[str, Any]) -> None:
-    assert set(FORMATS[name].yields) <= set(canonical)
-
-
-@pytest.mark.parametrize(("name", "row", "canonical"), GOOD)
 def test_auto_recognises_the_format_by_the_columns(name: str, row: dict[str, Any], canonical: dict[str, Any]) -> None:
     found = detect_format(frozenset(row))
     assert found is not None
     assert found.name == name
+
+
+@pytest.mark.parametrize("item", FORMATS.values(), ids=FORMATS)
+def test_the_example_of_a_format_is_a_good_row_that_auto_recognises(item: Format) -> None:
+    assert item.columns_of(item.convert(item.example, True)) == item.yields
+    assert item.convert(item.example, False)
+    assert detect_format(frozenset(item.example)) is item
+
+
+@pytest.mark.parametrize("item", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kind", [None, math.nan], ids=["null", "NaN"])
+def test_null_and_nan_are_missing_values_in_every_column(item: Format, kind: float | None) -> None:
+    with pytest.raises(RowError):
+        item.convert(dict.fromkeys(item.example, kind), True)
+    others = dict.fromkeys({"text_pair", "input", "system", "negative", "score", "tools", "attention_mask"}, kind)
+    assert item.convert(others | item.example, True) == item.convert(item.example, True)
+
+
+def broken(value: Any, bad: str) -> Any:
+    """The value with bad characters at the end of every text in it, but not in what selects a branch."""
+    if isinstance(value, str):
+        return value if value in ("user", "assistant") else value + bad
+    if isinstance(value, list):
+        return [broken(part, bad) for part in value]
+    return {name: broken(part, bad) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("item", [item for item in FORMATS.values() if item.name != "pretokenized"], ids=lambda item: item.name)
+@pytest.mark.parametrize(("bad", "words"), [("\0", "NUL (U+0000)"), ("\ud83d", "U+D83D, half of a surrogate pair")])
+def test_no_format_lets_broken_characters_through(item: Format, bad: str, words: str) -> None:
+    row = broken(item.example, bad)
+    if item.name == "question_answering":
+        row["context"] = row["answers"]["text"][0] + item.example["context"]
+    with pytest.raises(RowError, match=re.escape(words)):
+        item.convert(row, True)
+
+
+RICH: list[tuple[str, dict[str, Any]]] = [
+    *((name, dict(item.example)) for name, item in FORMATS.items()),
+    *((name, row) for name, row, _ in GOOD),
+    (
+        "chat",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}], "train": False},
+                {
+                    **{"role": "assistant", "content": "ho", "reasoning_content": "hm", "weight": 0.5, "name": "bo"},
+                    "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+                },
+                {"role": "tool", "content": "3", "tool_call_id": "c1"},
+                {"from": "function_call", "value": [{"name": "add", "arguments": "{}"}]},
+            ],
+            "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+        },
+    ),
+    ("preference", {"prompt": ASKED[:1], "chosen": [ASKED[1]], "rejected": {"from": "gpt", "value": "he"}}),
+    ("pretokenized", {"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [0, 1]}),
+]
+ODD = [
+    None,
+    math.nan,
+    math.inf,
+    "",
+    " ",
+    "x",
+    "[",
+    "[1]",
+    '{"a": 1}',
+    0,
+    -1,
+    1.5,
+    True,
+    b"x",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": None},
+    (),
+]
+
+
+def altered(value: Any) -> Iterator[Any]:
+    """The value with every part of it, one after the other, replaced by every odd value, and left out."""
+    yield from ODD
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for part in altered(value[key]):
+            changed = value.copy()
+            changed[key] = part
+            yield changed
+        changed = value.copy()
+        del changed[key]
+        yield changed
+
+
+@pytest.mark.parametrize(("name", "row"), RICH)
+@pytest.mark.parametrize("target", [True, False])
+def test_odd_values_anywhere_in_a_row_are_refused_or_read_but_never_a_crash(
+    name: str, row: dict[str, Any], target: bool
+) -> None:
+    for bad in altered(row):
+        if isinstance(bad, dict):
+            with suppress(RowError):
+                canonical = FORMATS[name].convert(bad, target)
+                assert canonical
+                assert not target or FORMATS[name].columns_of(canonical)
+
+
+def test_broken_characters_are_found_deep_in_tool_arguments_and_shown_with_what_is_before_them() -> None:
+    call = {"name": "find", "arguments": {"where": [{"city": "Ulm \ud83d"}]}}
+    row = {"messages": [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    with pytest.raises(RowError, match="as character 5 after 'Ulm ', U\\+D83D"):
+        FORMATS["chat"].convert(row, True)
+
+
+def test_broken_characters_are_found_in_the_names_of_tool_arguments() -> None:
+    call = {"name": "find", "arguments": {"ci\0ty": "Ulm"}}
+    with pytest.raises(RowError, match="as character 3 after 'ci', NUL"):
+        FORMATS["chat"].convert({"messages": [*ASKED, {"role": "assistant", "tool_calls": [call]}]}, True)
+
+
+def test_whole_surrogate_pairs_and_other_scripts_are_text() -> None:
+    assert FORMATS["text"].convert({"text": "\U0001f600 ünï 漢字\u200d"}, True) == {"text": "\U0001f600 ünï 漢字\u200d"}
+
+
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    with pytest.raises(RowError) as caught:
+        FORMATS["tokens"].convert({"tokens": ["hi"], "tags": [{"a": "x" * 10_000}]}, True)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -101,6 +249,12 @@ def test_auto_recognises_the_format_by_the_columns(name: str, row: dict[str, Any
         ("prompt_completion", {"prompt": "hi"}, {"prompt": "hi"}),
         ("prompt_completion", {"prompt": "hi", "completion": "ho"}, {"prompt": "hi"}),
         ("text", {"text": "hi"}, {"text": "hi"}),
+        ("prompt_completion", {"prompt": "hi", "label": False}, {"prompt": "hi"}),
+        ("prompt_completion", {"prompt": ASKED[:1], "completion": 3}, {"messages": ASKED[:1]}),
+        (
+            "prompt_completion", {"segments": [{"label": False, "text": "hi "}, *[{"label": True, "text": "ho"}] * 2]},
+            {"segments": [{"text": "hi ", "train": False}]},
+        ),
         ("seq2seq", {"source": "hi"}, {"prompt": "hi"}),
         ("classification", {"text": "hi"}, {"text": "hi"}),
         ("classification", {"text": "hi", "text_pair": "ho", "label": 3.5}, {"text": "hi", "text_pair": "ho"}),
@@ -129,15 +283,6 @@ def test_inference_needs_and_shows_no_target(name: str, row: dict[str, Any], can
         ("instruction", {"instruction": "hi", "output": "ho", "history": ["a", "b"]}, "list of [user text, assistant text]"),
         ("instruction", {"instruction": "hi", "output": "ho", "history": [["a", 3]]}, "list of [user text, assistant text]"),
         ("instruction", {"instruction": "hi", "output": "ho", "history": 3}, "list of [user text, assistant text] pairs"),
-        ("chat", {"messages": []}, "no `messages` (or `conversations`): a list of turns"),
-        ("chat", {"messages": "hi"}, "no `messages` (or `conversations`): a list of turns"),
-        ("chat", {"messages": ["hi"]}, "turn 1 is not a mapping with role and content"),
-        ("chat", {"messages": [ASKED[0], said("robot", "ho")]}, "turn 2 has the role 'robot'; allowed: system, user, assist"),
-        ("chat", {"messages": [{"content": "hi"}]}, "turn 1 has the role None"),
-        ("chat", {"messages": [{"role": ["user"], "content": "hi"}]}, "turn 1 has the role ['user']"),
-        ("chat", {"messages": [{"role": "user", "content": None}]}, "turn 1 has no text in `content`"),
-        ("chat", {"messages": [ASKED[0], said("assistant", " ")]}, "turn 2 is a blank assistant turn"),
-        ("chat", {"messages": ASKED[:1]}, "no assistant turn: there is nothing to learn"),
         ("prompt_completion", {"prompt": "hi"}, "no column `completion` or `response`; the row has `prompt`"),
         ("prompt_completion", {"prompt": "", "completion": "ho"}, "column `prompt` is blank"),
         ("text", {"text": " \n"}, "column `text` is blank"),
@@ -157,7 +302,7 @@ def test_inference_needs_and_shows_no_target(name: str, row: dict[str, Any], can
         ("tokens", {"tokens": ["hi", " "], "tags": ["O", "O"]}, "word 2 in `tokens` is ' '; a word is text that is not blank"),
         ("tokens", {"tokens": ["hi"], "tags": [0.5]}, "tag 1 in `tags` is 0.5; a tag is a name or a whole number"),
         ("tokens", {"tokens": ["hi"], "tags": ["O", "O"]}, "there are 1 words and 2 tags; every word needs one tag"),
-        ("tokens", {"tokens": ["hi"]}, "no column `tags` or `ner_tags` or `pos_tags`; the row has `tokens`"),
+        ("tokens", {"tokens": ["hi"]}, "no column `tags` or `ner_tags` or `pos_tags` or `labels`; the row has"),
         ("question_answering", ASKING, "no `answers` ({text: [...], answer_start: [...]}"),
         ("question_answering", {**ASKING, "answers": {"text": ["ho"]}}, "needs the lists `text` and `answer_start`"),
         ("question_answering", {**ASKING, "answers": ["ho"]}, "something else than mappings"),
@@ -168,6 +313,23 @@ def test_inference_needs_and_shows_no_target(name: str, row: dict[str, Any], can
         ("pairs", {"anchor": "hi"}, "no column `positive` or `text_pair` or `sentence2`; the row has `anchor`"),
         ("pairs", {"anchor": "hi", "positive": "ho", "negative": [3]}, "column `negative` holds 3; a negative is a text"),
         ("pairs", {"text": "hi", "text_pair": "ho", "score": "high"}, "column `score` holds 'high', not a number"),
+        ("classification", {"text": "hi", "labels": [0.5]}, "column `labels` holds [0.5]; a label is a name"),
+        ("question_answering", {**FOUND, "is_impossible": True}, "`is_impossible` says true, and there are 1 answers"),
+        ("question_answering", {**MISSING, "is_impossible": False}, "`is_impossible` says false, and there are 0 answers"),
+        ("question_answering", {**FOUND, "is_impossible": "perhaps"}, "holds 'perhaps'; it must be true or false"),
+        ("prompt_completion", {"prompt": "hi", "completion": "ho", "label": False}, "column `label` says false: a bad"),
+        ("prompt_completion", {"prompt": "hi", "completion": "ho", "kto_tag": False}, "column `kto_tag` says false"),
+        ("prompt_completion", {"prompt": "hi", "completion": "ho", "system": "be"}, "use `format: instruction` with `columns"),
+        ("prompt_completion", {"prompt": ASKED[:1], "completion": "ho"}, "both must be lists, or both texts"),
+        ("prompt_completion", {"prompt": ASKED[:1]}, "column `completion` holds None; it must be a list of turns"),
+        ("prompt_completion", {"prompt": [said("x", "hi")], "completion": ASKED}, "turn 1 of `prompt` has the role 'x'"),
+        ("prompt_completion", {"prompt": ASKED[:1], "completion": ASKED[:1]}, "no assistant turn: there is nothing to learn"),
+        ("prompt_completion", {"segments": []}, "column `segments` holds []; it must be a list of segments"),
+        ("prompt_completion", {"segments": ["hi"]}, "segment 1 is text, not a mapping with text and label"),
+        ("prompt_completion", {"segments": [{"text": "hi"}]}, "segment 1 has the `label` None; it must be true"),
+        ("prompt_completion", {"segments": [{"label": True, "text": 3}]}, "segment 1 has no text in `text`"),
+        ("prompt_completion", {"segments": [{"label": True, "text": " "}]}, "no segment with text has `label: true`"),
+        ("seq2seq", {"translation": {"en": "hi", "de": "ho"}}, "`columns: {source: translation.en, target: translation.de}`"),
         ("classification", {"label": "x"}, "no column `text` or `sentence` or `sentence1`; the row has `label`"),
     ],
 )  # fmt: skip
@@ -177,37 +339,14 @@ def test_a_bad_row_is_refused_with_its_column(name: str, row: dict[str, Any], wo
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("segments", [[True], [True, True]])
+def test_segments_need_something_to_continue_at_inference(segments: list[bool]) -> None:
+    row = {"segments": [{"text": "hi", "label": label} for label in segments]}
+    with pytest.raises(RowError, match="there is nothing to continue"):
+        FORMATS["prompt_completion"].convert(row, False)
+
+
 def test_a_prompt_is_needed_even_without_target() -> None:
     for name, row in {"instruction": {"output": "ho"}, "prompt_completion": {}, "chat": {}, "text": {}, "seq2seq": {}}.items():
         with pytest.raises(RowError):
             FORMATS[name].convert(row, False)
-
-
-@pytest.mark.parametrize("columns", [{"label"}, {"instruction"}, {"prompt"}, {"source"}, {"a", "b"}, set()])
-def test_columns_of_no_format_are_not_guessed(columns: set[str]) -> None:
-    assert detect_format(frozenset(columns)) is None
-
-
-@pytest.mark.parametrize(
-    ("task", "names"),
-    [
-        ("CAUSAL_LM", {"chat", "instruction", "prompt_completion", "seq2seq", "text"}),
-        ("SEQ_2_SEQ_LM", {"chat", "instruction", "prompt_completion", "seq2seq"}),
-        ("SEQ_CLS", {"classification"}),
-        ("TOKEN_CLS", {"tokens"}),
-        ("QUESTION_ANS", {"question_answering"}),
-        ("FEATURE_EXTRACTION", {"pairs"}),
-    ],
-)
-def test_a_task_reads_the_formats_whose_columns_it_learns_from(task: str, names: set[str]) -> None:
-    assert {name for name, item in FORMATS.items() if TASKS[task].can_read(item.yields)} == names
-
-
-def test_auto_prefers_a_format_that_the_task_can_read() -> None:
-    columns = frozenset({"sentence1", "sentence2", "label", "score"})
-    found = {task: detect_format(columns, TASKS[task].can_read) for task in ("SEQ_CLS", "FEATURE_EXTRACTION", "CAUSAL_LM")}
-    assert {task: item.name if item else None for task, item in found.items()} == {
-        "SEQ_CLS": "classification",
-        "FEATURE_EXTRACTION": "pairs",
-        "CAUSAL_LM": None,
-    }
