@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Annotated, Any
 
 import annotated_types
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -77,7 +77,17 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 def type_text(info: FieldInfo) -> str:
     """What a field takes, in words: `a whole number above 0`."""
-    return _words(info.annotation) + _bounds(info.metadata)
+    return _words_of(info.annotation, info.metadata) + _bounds(info.metadata)
+
+
+def _words_of(annotation: Any, metadata: Sequence[Any]) -> str:
+    """What a type takes, and what is turned into it before, such as a plain path into a section."""
+    if typing.get_origin(annotation) is tuple and Ellipsis in typing.get_args(annotation):
+        return f"{_words(typing.get_args(annotation)[0])} | a list of these"
+    inputs = [
+        getattr(item, "json_schema_input_type", PydanticUndefined) for item in metadata if isinstance(item, BeforeValidator)
+    ]
+    return next((_words(known) for known in inputs if known is not PydanticUndefined), None) or _words(annotation)
 
 
 def _words(annotation: Any) -> str:
@@ -85,7 +95,7 @@ def _words(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(str(arg) for arg in args)
     if origin is typing.Annotated:
-        return _words(args[0]) + _bounds(args[1:])
+        return _words_of(args[0], args[1:]) + _bounds(args[1:])
     words = [_words(arg) for arg in args]
     if origin in (typing.Union, types.UnionType):
         return " | ".join(dict.fromkeys(words))

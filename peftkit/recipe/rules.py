@@ -10,21 +10,20 @@ import importlib.util
 import json
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from peftkit.formats import FORMATS
 from peftkit.methods import METHODS
+from peftkit.recipe.data_rules import check_data
+from peftkit.recipe.findings import Finding, written
 from peftkit.recipe.fit import check_fit, read_config
-from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_files, find_path, is_file_source, looks_local, places_text
-from peftkit.recipe.schema import DataSection, Recipe, SourceSection
+from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_path, looks_local, places_text
+from peftkit.recipe.schema import Recipe
 from peftkit.tasks import TASKS, keys_of_others
 from peftkit.tasks.encoding import EmbeddingSettings, Encoding, SpanSettings
-
-Finding = tuple[str, str, int]
 
 _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _TRACKER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
@@ -41,13 +40,15 @@ _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
 def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[Finding]:
     """Everything that is wrong with a recipe whose single values are all right."""
     yield from _adapter(recipe, recipe_dir)
-    yield from check_fit(recipe, read_config(recipe, recipe_dir))
+    config = read_config(recipe, recipe_dir)
+    yield from check_fit(recipe, config)
+    yield from _packing(recipe, config)
     yield from _model(recipe, recipe_dir)
     yield from _training(recipe)
     yield from _evaluation(recipe)
     yield from _task(recipe)
     if recipe.data is not None:
-        yield from _data(recipe, recipe.data, recipe_dir)
+        yield from check_data(recipe, recipe.data, recipe_dir)
     elif needs_data:
         yield "data", "is missing: name the rows to train on, as `data: {train: path/to/rows.jsonl}`", 2
     for tracker in recipe.output.report_to:
@@ -55,10 +56,17 @@ def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[
             yield "output.report_to", f"`{tracker}` is not installed; `pip install {tracker}` adds it", 2
 
 
-def written(section: BaseModel, *names: str) -> list[str]:
-    """Those of the named keys that the recipe states with a value other than the default."""
-    fields = type(section).model_fields
-    return [name for name in names if name in section.model_fields_set and getattr(section, name) != fields[name].default]
+def _packing(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Finding]:
+    if recipe.data is None or not recipe.data.packing or not TASKS[recipe.task].packs:
+        return
+    from peftkit.recipe.packing import why_not_packed  # its tables are read where rows are packed
+
+    for why in (
+        METHODS[recipe.adapter.method].why_not_packed(recipe.adapter),
+        why_not_packed(config, recipe.model.attn_implementation),
+    ):
+        if why:
+            yield "data.packing", f"rows cannot be packed: {why}", 2
 
 
 def _json_mapping(path: Path) -> dict[str, Any]:
@@ -266,39 +274,11 @@ def stated_encoding(recipe: Recipe, max_length: int) -> Encoding:
         data.truncation,
         data.train_on,
         labels=tuple(data.labels or ()),
+        numbered=bool(data.labels),
         problem_type=data.problem_type if "data.problem_type" in task.own_keys else "",
         span=span if "data.doc_stride" in task.own_keys else None,
         embedding=EmbeddingSettings(**embedding) if "embedding" in task.own_keys else None,
+        label_all_tokens=data.label_all_tokens,
+        source_prefix=data.source_prefix or "",
+        chat_template_kwargs=dict(data.chat_template_kwargs),
     )
-
-
-def _data(recipe: Recipe, data: DataSection, recipe_dir: Path) -> Iterator[Finding]:
-    task = TASKS[recipe.task]
-    if not task.train_on and "train_on" in data.model_fields_set:
-        yield "data.train_on", f"has no effect for {task.name}", 2
-    if not task.has_labels and data.labels is not None:
-        yield "data.labels", f"has no effect for {task.name}", 2
-    if data.labels is not None and len(set(data.labels)) != len(data.labels):
-        yield "data.labels", "names a class twice", 2
-    if data.labels is not None and len(data.labels) < 2:
-        yield "data.labels", "a classifier needs at least two classes", 2
-    if not task.generates and data.system_prompt is not None:
-        yield "data.system_prompt", f"has no effect for {task.name}", 2
-    sources = {"train": data.train, "validation": data.validation, "test": data.test}
-    for name, source in sources.items():
-        if isinstance(source, SourceSection):
-            yield from _source(recipe, f"data.{name}", source, recipe_dir)
-
-
-def _source(recipe: Recipe, key: str, source: SourceSection, recipe_dir: Path) -> Iterator[Finding]:
-    task = TASKS[recipe.task]
-    item = FORMATS.get(source.format)
-    if item is not None and not task.can_read(item.yields):
-        good = [name for name, other in FORMATS.items() if task.can_read(other.yields)]
-        yield f"{key}.format", f"{task.name} cannot learn from `{source.format}`; it can from {', '.join(good)}", 2
-    if is_file_source(source):
-        if not find_files(source.path, recipe_dir):
-            yield f"{key}.path", f"there is no file `{source.path}` (looked in {places_text(recipe_dir)})", 3
-        for name in ("split", "config", "revision"):
-            if getattr(source, name) is not None:
-                yield f"{key}.{name}", "has no effect for files; it belongs to datasets of the hub", 2

@@ -24,6 +24,14 @@ def _source_from_text(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _text_template(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else value
+
+
+def _sources_as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
 class ModelSection(Section):
     """The base model."""
 
@@ -56,35 +64,76 @@ class SourceSection(Section):
 
     path: str = Field(
         min_length=1,
-        description="File (jsonl, json, csv, tsv, parquet, txt), glob, folder or hub id. Relative paths: the recipe's folder, "
-        "then the current one.",
+        description="File (jsonl, json, csv, tsv, parquet, arrow, txt, conll; compressed too), glob, folder, saved dataset, "
+        "URL (https://, s3://, gs://, az://) or hub id. Relative paths: the recipe's folder, then the current one.",
     )
     format: Literal["auto", *FORMATS] = Field("auto", description="How rows are laid out; auto recognises it by the columns.")  # type: ignore[valid-type]
-    columns: dict[str, str] = Field({}, description="Our column name -> the name in the file, such as `prompt: question`.")
-    split: str | None = Field(None, description="Split of a hub dataset, such as `train`.")
+    columns: dict[str, str] = Field(
+        {},
+        description="Our column name -> the name in the file, such as `prompt: question`; dots lead inwards: `answers.0.text`.",
+    )
+    template: Annotated[dict[str, str], BeforeValidator(_text_template, json_schema_input_type=str | dict[str, str])] = Field(
+        {},
+        description="Our column name -> Jinja text over the row's columns, such as `prompt: 'Q: {{ question }}'`; runs in a "
+        "sandbox. A single text is the column `text`.",
+    )
+    split: str | None = Field(None, description="Split of a hub or saved dataset, such as `train`.")
     config: str | None = Field(None, description="Configuration of a hub dataset.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
+    streaming: bool = Field(
+        False, description="Read rows while training instead of before, for what fits neither memory nor disk; needs max_steps."
+    )
+    weight: PositiveFloat | None = Field(
+        None, description="Share of this source in a mixture of several, relative to the others'; default: every row once."
+    )
     max_rows: PositiveInt | None = Field(None, description="Use only the first rows, a number of rows.")
 
 
 Source = Annotated[SourceSection, BeforeValidator(_source_from_text, json_schema_input_type=str | SourceSection)]
+Sources = Annotated[
+    tuple[Source, ...],
+    Field(min_length=1),
+    BeforeValidator(_sources_as_list, json_schema_input_type=str | SourceSection | list[str | SourceSection]),
+]
 
 
 class DataSection(Section):
     """The rows and how they become token ids."""
 
-    train: Source = Field(description="Rows to learn from: a path, or a section with path and format.")
-    validation: Fraction | Source | None = Field(
-        None, description="Rows to evaluate on during training: a fraction of train (0 to 1), or a source like train."
+    train: Sources = Field(description="Rows to learn from: a path, a section with path and format, or a list of them.")
+    validation: Fraction | Sources | None = Field(
+        None, description="Rows to evaluate on during training: a fraction of train (0 to 1), or sources like train."
     )
-    test: Source | None = Field(None, description="Rows to evaluate on once, at the end.")
+    test: Sources | None = Field(None, description="Rows to evaluate on once, at the end.")
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        "all_exhausted",
+        description="When a mixture with weights ends: with the first source that has no more rows, or with the last one, the "
+        "others starting over.",
+    )
     max_length: PositiveInt = Field(1024, description="Longest example, in tokens.")
-    truncation: Literal["error", "left", "right", "drop"] = Field(
-        "error", description="What to do with longer examples: stop, cut at the left or right end, or leave the row out."
+    truncation: Literal["error", "left", "right", "drop", "split"] = Field(
+        "error",
+        description="What to do with longer examples: stop, cut at the left or right end, leave the row out, or make several "
+        "examples of it.",
     )
-    train_on: Literal["completion", "all"] = Field(
-        "completion", description="Which tokens are learned: assistant turns and completions, or all of them."
+    train_on: Literal["completion", "all", "last_turn", "assistant"] = Field(
+        "completion",
+        description="Which tokens are learned: completions and all assistant turns, every token, the last assistant turn "
+        "alone, or assistant turns alone (rows without turns are refused).",
     )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="What to do with rows that cannot be trained on: stop, or leave them out, counted and listed."
+    )
+    packing: bool = Field(
+        False,
+        description="Lay the rows of a step end to end instead of padding them (CAUSAL_LM): the same loss, without work on "
+        "padding. Rows never see each other.",
+    )
+    cache: bool = Field(True, description="Keep tokenised rows (in the hub's cache folder) for the next start.")
+    audit_rows: PositiveInt = Field(
+        1000, description="Rows of a stream that are checked before training; files are checked whole."
+    )
+    shuffle_buffer_size: PositiveInt = Field(10_000, description="Rows of a stream that are held to shuffle among them.")
     labels: list[str] | None = Field(
         None, description="Names of the classes (or tags) in order; default: those found in train, sorted."
     )
@@ -93,10 +142,19 @@ class DataSection(Section):
         description="SEQ_CLS: what a label is. auto: a list of names is multi-label, a number that is not whole is regression, "
         "all else is one class.",
     )
+    label_all_tokens: bool = Field(
+        False, description="TOKEN_CLS: learn a word's tag at all of its tokens (I- after the first), not at the first alone."
+    )
     doc_stride: PositiveInt = Field(
         128, description="QUESTION_ANS: tokens of a long context that two windows share; at most half a window's room for it."
     )
+    source_prefix: str | None = Field(
+        None, description="SEQ_2_SEQ_LM: text before every source, such as `summarize: `; `infer` puts it there too."
+    )
     system_prompt: str | None = Field(None, description="System message for rows that have none.")
+    chat_template_kwargs: dict[str, str | int | float | bool] = Field(
+        {}, description="Further variables of the chat template, such as `enable_thinking: false`; stored with the adapter."
+    )
 
 
 class TrainingSection(Section):
@@ -151,6 +209,10 @@ class TrainingSection(Section):
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "auto", description="Autocast of the computation. auto: bf16 for bfloat16 weights, fp16 for float16, else no."
+    )
+    group_by_length: bool = Field(
+        True,
+        description="Within a step, put rows of like length into one forward pass: less padding, the same rows and loss.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."

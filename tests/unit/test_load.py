@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.methods import METHODS
+from peftkit.plan import Hardware, make_plan
 from peftkit.recipe import load_recipe
 from peftkit.recipe.explain import all_keys, json_schema
 from peftkit.recipe.foreign import FOREIGN_KEYS
 from peftkit.recipe.starter import starter_recipe
 from peftkit.recipe.yaml_file import read_yaml
+from peftkit.run import resolved_yaml
 from peftkit.tasks import TASKS
 from tests.conftest import FITTING, ROWS, write_jsonl, write_starter_adapters
 from tests.unit.conftest import Load, Problems
@@ -91,7 +94,17 @@ def test_the_message_has_file_line_key_and_what_is_allowed(load: Load, recipe: d
         ("training.learning_rate=null", "training.learning_rate", "null is not allowed"),
         ("training.seed=2147483648", "training.seed", "it takes a whole number at least 0 and below 2147483648"),
         ("training.batch_size=12:30", "training.batch_size", "`12:30` is not allowed; it takes a whole number above 0"),
-        ("data.validation=1.5", "data.validation", "1.5 is not allowed; it takes a number above 0.0 and below 1.0 | a section"),
+        ("data.validation=1.5", "data.validation", "a number above 0.0 and below 1.0 | text | a section | a list of these"),
+        ("data.train=5", "data.train", "5 is not allowed; it takes text | a section | a list of these; in quotes it is text"),
+        ("data.train=[]", "data.train", "[] is not allowed; it takes text | a section | a list of these"),
+        ("data.train=[train.jsonl, 5]", "data.train.1", "5 is not allowed; it takes text | a section | a list of these"),
+        ("data.train={pth: x, path: train.jsonl}", "data.train.pth", "no such key; did you mean `path`?"),
+        ("data.train=[train.jsonl, {path: train.jsonl, pth: x}]", "data.train.1.pth", "no such key; did you mean `path`?"),
+        ("data.train=[{path: train.jsonl, dict: x}]", "data.train.0.dict", "no such key; there are: path, format"),
+        ("data.test={}", "data.test.path", "is missing: File (jsonl, "),
+        ("data.validation=[{}]", "data.validation.0.path", "is missing: File (jsonl, "),
+        ("data.train={path: train.jsonl, columns: {a: 3}}", "data.train.columns.a", "it takes a mapping from text to text"),
+        ("data.train={path: train.jsonl, template: 3}", "data.train.template", "it takes text | a mapping from text to text"),
         ("data.labels=[1, b]", "data.labels.0", "1 is not allowed; it takes a list of text | null; in quotes it is text"),
         ("adapter.rank_pattern={q: 0}", "adapter.rank_pattern.q", "it takes a mapping from text to a whole number above 0"),
         ("adapter.init_lora_weights=pissa_niter_x", "adapter.init_lora_weights", "gaussian | olora"),
@@ -167,9 +180,14 @@ def test_task_and_method_are_taken_in_any_case(load: Load, recipe: dict[str, Any
         (["adapter.target_modules=[q, v]"], "adapter.target_modules", ["q", "v"]),
         (["name='1e4'"], "name", "1e4"),
         (["model.revision=a=b"], "model.revision", "a=b"),
-        (["data.train=other.jsonl"], "data.train.path", "other.jsonl"),
-        (["data.train.max_rows=3"], "data.train.path", "train.jsonl"),
-        (["data.validation.path=other.jsonl"], "data.validation.path", "other.jsonl"),
+        (["data.train=other.jsonl"], "data.train.0.path", "other.jsonl"),
+        (["data.train.max_rows=3"], "data.train.0.path", "train.jsonl"),
+        (["data.train.max_rows=3"], "data.train.0.max_rows", 3),
+        (["data.validation.path=other.jsonl"], "data.validation.0.path", "other.jsonl"),
+        (["data.train=[train.jsonl, other.jsonl]", "data.train.1.max_rows=3"], "data.train.1.path", "other.jsonl"),
+        (["data.train=[train.jsonl, other.jsonl]", "data.train.1.max_rows=3"], "data.train.1.max_rows", 3),
+        (["data.train=[train.jsonl, {path: train.jsonl}]", "data.train.1=other.jsonl"], "data.train.1.path", "other.jsonl"),
+        (["data.train.template='{{ q }}'"], "data.train.0.template", {"text": "{{ q }}"}),
         (["adapter.method=full"], "adapter.method", "full"),
         (["adapter.method=LORA"], "adapter.r", 4),
         (["adapter.method=head", "adapter.modules_to_save=[pooler]"], "adapter.modules_to_save", ["pooler"]),
@@ -182,7 +200,7 @@ def test_an_override_replaces_a_key_of_the_file(
     write_jsonl(tmp_path / "other.jsonl", [ROWS["CAUSAL_LM"]])
     found: Any = load(recipe, *overrides).recipe
     for name in key.split("."):
-        found = getattr(found, name)
+        found = found[int(name)] if name.isdigit() else getattr(found, name)
     assert found == value
 
 
@@ -207,6 +225,55 @@ def test_an_override_of_a_section_is_named_for_what_is_wrong_in_it(problems: Pro
     recipe["data"]["train"] = {"path": "train.jsonl"}
     (found,) = problems(recipe, "data.train=gone.jsonl")
     assert (found.where, found.key, found.exit_code) == ("--set data.train=gone.jsonl", "data.train.path", 3)
+
+
+@pytest.mark.parametrize("override", ["data.train.path=x", "data.train.2.path=x", "data.train.x=x"])
+def test_an_element_of_a_list_is_named_by_its_number(problems: Problems, recipe: dict[str, Any], override: str) -> None:
+    recipe["data"]["train"] = ["train.jsonl", "train.jsonl"]
+    (found,) = problems(recipe, override)
+    assert (found.where, found.what) == (f"--set {override}", "is a list of 2: its elements are `data.train.0` and so on")
+
+
+LISTED = """\
+task: CAUSAL_LM
+model: {name_or_path: owner/name}
+adapter: {method: lora}
+data:
+  train:
+    - train.jsonl
+    - path: gone.jsonl
+      formt: text
+    - path: train.jsonl
+      split: x
+      max_rows: 0
+  validation:
+    path: gone.csv
+"""
+
+
+def test_problems_in_a_list_of_sources_have_their_number_and_line(problems: Problems, recipe: dict[str, Any]) -> None:
+    found = [(p.where, p.key, p.exit_code) for p in problems(LISTED)]
+    assert found == [
+        ("recipe.yaml:8", "data.train.1.formt", 2),
+        ("recipe.yaml:11", "data.train.2.max_rows", 2),
+        ("recipe.yaml:7", "data.train.1.path", 3),
+        ("recipe.yaml:13", "data.validation.path", 3),
+    ]
+
+
+def test_rules_name_sources_as_the_recipe_has_them(problems: Problems, recipe: dict[str, Any]) -> None:
+    text = LISTED.replace("      formt: text\n", "").replace("max_rows: 0", "max_rows: 1")
+    found = [(p.where, p.key, p.exit_code) for p in problems(text)]
+    assert found == [
+        ("recipe.yaml:7", "data.train.1.path", 3),
+        ("recipe.yaml:9", "data.train.2.split", 2),
+        ("recipe.yaml:12", "data.validation.path", 3),
+    ]
+
+
+def test_a_list_of_one_source_keeps_its_number(problems: Problems, recipe: dict[str, Any]) -> None:
+    (found,) = problems(recipe, "data.train=[gone.jsonl]")
+    assert found.key == "data.train.0.path"
 
 
 @pytest.mark.parametrize("change", ["task=X", "adapter.method=X", "training.seed=X", "data.train.formt=X", "data.labels=[1]"])
@@ -251,6 +318,8 @@ def test_every_key_is_listed_with_a_type_and_a_meaning() -> None:
     assert all(info.description and info.type_text for info in keys.values())
     assert keys["adapter.r", "lora"].type_text == "a whole number above 0"
     assert keys["data.validation.path", ""].required
+    assert keys["data.train", ""].type_text == "text | a section | a list of these"
+    assert keys["data.train.template", ""].type_text == "text | a mapping from text to text"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.name for path in SHIPPED])
@@ -273,5 +342,41 @@ def test_the_starter_recipe_states_defaults_and_few_other_values(load: Load, tmp
     stated = loaded.model_dump(exclude_defaults=True, exclude={"name", "task", "model"})
     assert stated == {
         "adapter": {"lora_alpha": 16, "target_modules": "all-linear"},
-        "data": {"train": {"path": "train.jsonl"}, "validation": 0.1, "max_length": 512},
+        "data": {"train": ({"path": "train.jsonl"},), "validation": 0.1, "max_length": 512},
     }
+
+
+SOURCES = [
+    "rows.jsonl",
+    {"path": "s3://bucket/rows.csv", "template": "{{ text }}"},
+    ["a.jsonl", {"path": "b.jsonl", "weight": 2}],
+    [{"path": "https://host/rows.json"}],
+]
+
+
+@pytest.mark.parametrize("train", SOURCES, ids=str)
+def test_the_json_schema_takes_a_path_a_section_and_a_list_of_them(recipe: dict[str, Any], train: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    recipe["data"] = {"train": train, "validation": train, "test": train}
+    jsonschema.validate(recipe, json_schema())
+
+
+@pytest.mark.parametrize("train", [5, [5], {"pth": "x"}, [{"path": "x", "weight": 0}]], ids=str)
+def test_the_json_schema_refuses_what_is_no_source(recipe: dict[str, Any], train: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    recipe["data"]["train"] = train
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(recipe, json_schema())
+
+
+def test_the_resolved_recipe_has_absolute_paths_in_lists_and_is_valid(
+    load: Load, recipe: dict[str, Any], tmp_path: Path, write_recipe: Any
+) -> None:
+    write_jsonl(tmp_path / "other.jsonl", [ROWS["CAUSAL_LM"]])
+    url = "hf://datasets/owner/name/rows.jsonl"
+    recipe["data"] = {"train": ["train.jsonl", "*.jsonl", url, "owner/name"], "validation": ["other.jsonl"]}
+    text = resolved_yaml(make_plan(load(recipe), Hardware("cpu", "the CPU", True, 2**30)))
+    data = load_recipe(write_recipe(text, "resolved.yaml")).recipe.data
+    assert data is not None
+    assert [source.path for source in data.train] == [f"{tmp_path}/train.jsonl", f"{tmp_path}/*.jsonl", url, "owner/name"]
+    assert yaml.safe_load(text)["data"]["validation"]["path"] == f"{tmp_path}/other.jsonl"

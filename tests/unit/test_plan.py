@@ -236,7 +236,7 @@ def test_the_resolved_recipe_states_every_decision_and_absolute_paths(plan_for: 
     assert (resolved.model.chat_template, resolved.model.dtype) == (f"{tmp_path}/chat.jinja", "bfloat16")
     assert resolved.data is not None
     assert resolved.data.test is not None
-    assert (resolved.data.train.path, resolved.data.test.path) == (f"{tmp_path}/train.jsonl", f"{tmp_path}/*.jsonl")
+    assert (resolved.data.train[0].path, resolved.data.test[0].path) == (f"{tmp_path}/train.jsonl", f"{tmp_path}/*.jsonl")
     training = resolved.training
     assert (training.learning_rate, training.micro_batch_size, training.max_grad_norm) == (2e-4, 8, None)
 

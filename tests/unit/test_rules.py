@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +248,134 @@ def test_relative_paths_lead_from_the_folder_of_the_recipe(load: Load, recipe: d
     write_jsonl(tmp_path / "rows" / "a.jsonl", [ROWS["CAUSAL_LM"]])
     for path in ("rows", "./rows", "rows/a.jsonl", "rows/*.jsonl", "**/a.jsonl"):
         assert load(recipe, f"data.train='{path}'").recipe.data
+
+
+@pytest.fixture
+def saved(folder: Path) -> Path:
+    """Folders like those that `datasets` saves: `one` without and `two` with splits; and some data files."""
+    for name in ("one", "two/train", "two/test"):
+        (folder / name).mkdir(parents=True)
+        for file in ("state.json", "dataset_info.json"):
+            (folder / name / file).write_text("{}")
+    (folder / "two" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    (folder / "notes.md").write_text("no rows")
+    (folder / "nothing").mkdir()
+    return folder
+
+
+STREAM = "{path: owner/name, streaming: true}"
+STEPS = "training.max_steps=3"
+TWO = "[{path: train.jsonl, weight: 1}, {path: train.jsonl, weight: 2}]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "code", "words"),
+    [
+        (["data.train=[{path: train.jsonl, weight: 1}, train.jsonl]"], "data.train.1.weight", 2, "is missing: other sources"),
+        (["data.train.weight=1"], "data.train.weight", 2, "has no effect on a single source"),
+        (["data.train=[{path: train.jsonl, weight: 1}]"], "data.train.0.weight", 2, "has no effect on a single source"),
+        (["data.stopping_strategy=first_exhausted"], "data.stopping_strategy", 2, "has no effect unless the sources"),
+        (["data.train=" + STREAM, NO_VALIDATION], "training.max_steps", 2, "is missing: the rows of a stream are not counted"),
+        (["data.train=" + STREAM, STEPS], "data.validation", 2, "a fraction cannot be drawn from a stream"),
+        (["data.validation=" + STREAM], "data.validation.streaming", 2, "streams are for training alone"),
+        (["data.test=[train.jsonl, " + STREAM + "]"], "data.test.1.streaming", 2, "streams are for training alone"),
+        (["data.audit_rows=5"], "data.audit_rows", 2, "has no effect unless `data.train` is a stream"),
+        (["data.shuffle_buffer_size=5"], "data.shuffle_buffer_size", 2, "has no effect unless `data.train` is a stream"),
+        (
+            ["data.train=[" + STREAM + ", train.jsonl]", STEPS, NO_VALIDATION],
+            "data.train.1.streaming", 2, "is missing: other sources of the list are streams",
+        ),
+        (["data.train.template={prompt: '{{ q'}"], "data.train.template.prompt", 2, "is no Jinja template: line 1: "),
+        (["data.train.template='{% if %}'"], "data.train.template.text", 2, "is no Jinja template: line 1: "),
+        (["data.train={path: hf://datasets/a/b.csv, split: x}"], "data.train.split", 2, "has no effect for a URL"),
+        (["data.train={path: one, split: x}"], "data.train.split", 2, "has no effect for a saved dataset without splits"),
+        (["data.train={path: one, revision: x}"], "data.train.revision", 2, "has no effect for a saved dataset"),
+        (["data.train=two"], "data.train.split", 2, "is missing: the saved dataset has the splits train, test"),
+        (["data.train={path: two, split: dev}"], "data.train.split", 3, "has no split `dev`; it has train, test"),
+        (["data.train=nope://a/b.csv"], "data.train.path", 2, "fsspec knows no `nope://`"),
+        (["data.train=https://host/rows"], "data.train.path", 2, "the name of the file must end in .jsonl, "),
+        (["data.train=notes.md"], "data.train.path", 3, "`notes.md` cannot be read; files that can end in .jsonl, "),
+        (["data.train=nothing"], "data.train.path", 3, "the folder `nothing` has no file that ends in .jsonl, "),
+        (["data.train=./gone.jsonl.gz"], "data.train.path", 3, "there is no file `./gone.jsonl.gz`"),
+        (["data.train=~nobody-of-that-name/a.csv"], "data.train.path", 3, "there is no file `~nobody-of-that-name/a.csv`"),
+        (["data.train=./" + "a" * 300], "data.train.path", 3, "there is no file `./aaa"),
+        (["data.train=file:///gone.jsonl"], "data.train.path", 3, "there is no file `file:///gone.jsonl`"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("saved")
+def test_sources_that_cannot_work_are_refused(
+    problems: Problems, recipe: dict[str, Any], changes: list[str], key: str, code: int, words: str
+) -> None:
+    (found,) = problems(recipe, *changes)
+    assert (found.key, found.exit_code) == (key, code)
+    assert words in found.what
+
+
+@pytest.mark.parametrize(
+    ("url", "package"),
+    [
+        ("s3://bucket/rows.csv", "s3fs"),
+        ("gs://bucket/rows.csv", "gcsfs"),
+        ("gcs://bucket/rows", "gcsfs"),
+        ("az://container/rows", "adlfs"),
+        ("abfs://container@account/rows.csv", "adlfs"),
+        ("https://host/rows.csv.gz?token=x", "aiohttp"),
+        ("zip://rows.csv::https://host/rows.zip", "aiohttp"),
+    ],
+)
+def test_a_url_needs_its_package(
+    problems: Problems, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, url: str, package: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (found,) = problems(recipe, f"data.train={url}")
+    assert (found.key, found.exit_code) == ("data.train.path", 2)
+    assert found.what.endswith(f"needs a package; `pip install {package}` adds it")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.train=" + TWO, "data.stopping_strategy=first_exhausted"],
+        ["data.train=[train.jsonl, owner/name]"],
+        ["data.train=" + STREAM, STEPS, NO_VALIDATION, "data.audit_rows=5", "data.shuffle_buffer_size=5"],
+        ["data.train=" + STREAM, STEPS, "data.validation=train.jsonl"],
+        ["data.train={path: owner/name, split: train, config: en, revision: main}"],
+        ["data.train={path: two, split: test}"],
+        ["data.train=one"],
+        ["data.train=hf://datasets/owner/name/*.parquet"],
+        ["data.train=memory://rows"],
+        ["data.train.template={prompt: '{{ instruction }}', completion: '{{ output }}'}"],
+        ["data.stopping_strategy=all_exhausted"],
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("saved")
+def test_sources_that_can_work_are_accepted(load: Load, recipe: dict[str, Any], changes: list[str]) -> None:
+    assert load(recipe, *changes).recipe.data is not None
+
+
+@pytest.mark.parametrize(
+    ("train", "loaded"),
+    [("train.jsonl", ""), ({"path": "train.jsonl", "template": "x"}, "jinja2"), ("hf://datasets/a/b.csv", "fsspec")],
+    ids=["file", "template", "URL"],
+)
+def test_jinja_and_fsspec_are_loaded_only_where_a_recipe_needs_them(
+    recipe: dict[str, Any], write_recipe: Any, train: Any, loaded: str
+) -> None:
+    recipe["data"]["train"] = train
+    program = "import sys; from pathlib import Path; from peftkit.recipe import load_recipe; load_recipe(Path(sys.argv[1]));"
+    program += "print(*sorted({'jinja2', 'fsspec', 'pyarrow', 'torch', 'datasets'} & {*sys.modules}))"
+    arguments = [sys.executable, "-c", program, str(write_recipe(recipe))]
+    assert subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip() == loaded
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(
+    problems: Problems, recipe: dict[str, Any], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    (found,) = problems(recipe, "data.train=nothing")
+    assert (found.exit_code, found.what) == (3, "the folder `nothing` may not be looked into: permission denied")
