@@ -1,136 +1,238 @@
-"""Raw rows from files and hub datasets, each with the file and row number that messages name."""
+"""Raw rows from files, URLs and datasets, each with the file and row number that messages name."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator
-from itertools import islice
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from peftkit.engine.json_rows import RowOrError
+from peftkit.engine.readers import DataFile, Numbered, read_file
+from peftkit.engine.remote import hub_fingerprint, hub_rows, saved_folder, saved_rows, url_rows, url_versions
 from peftkit.errors import DataError
-from peftkit.recipe.paths import find_files, is_file_source, places_text
+from peftkit.formats.base import RowError, columns_text
+from peftkit.recipe.paths import find_files, find_path, places_text, shown_url, source_kind
 from peftkit.recipe.schema import SourceSection
+from peftkit.recipe.templates import compile_template
 
-Numbered = tuple[str, dict[str, Any]]  # `file:row` (rows from 1; for text files the line), and the row
+__all__ = ["Numbered", "computed_columns", "content_fingerprint", "mixed", "read_rows", "sound_rows"]
+
+T = TypeVar("T")
+MAX_SHOWN = 5  # bad rows named in one message; the count is always given
+_CHUNK = 2**20
 
 
-def read_rows(source: SourceSection, recipe_dir: Path) -> list[Numbered]:
-    """The rows of a source in order, columns renamed.
+def read_rows(source: SourceSection, recipe_dir: Path) -> Iterator[Numbered]:
+    """The rows of a source in order, read as they are asked for, columns renamed and templates filled in.
+
+    A row that cannot be read is its RowError; later ones may be sound.
 
     Raises:
-        DataError: naming file and row of what cannot be read.
+        DataError: naming what ends the source before its end, or that it has no rows.
     """
-    rows = _file_rows(source, recipe_dir) if is_file_source(source) else _hub_rows(source)
-    renamed = [(origin, _rename(row, source.columns, origin)) for origin, row in islice(rows, source.max_rows)]
-    if not renamed:
-        raise DataError(f"`{source.path}` has no rows")
-    return renamed
+    is_empty = True
+    for origin, row in islice(_raw_rows(source, recipe_dir), source.max_rows):
+        is_empty = False
+        yield origin, row if isinstance(row, RowError) else _computed(row, source)
+    if is_empty:
+        raise DataError(f"`{_shown(source)}` has no rows")
 
 
-def _file_rows(source: SourceSection, recipe_dir: Path) -> Iterator[Numbered]:
+def _shown(source: SourceSection) -> str:
+    return shown_url(source.path) if "://" in source.path else source.path
+
+
+def _computed(row: dict[str, Any], source: SourceSection) -> RowOrError:
+    try:
+        return computed_columns(row, source.columns, source.template) if source.columns or source.template else row
+    except RowError as error:
+        return error
+
+
+def sound_rows(rows: Iterable[Numbered]) -> list[tuple[str, dict[str, Any]]]:
+    """All rows, where every one of them can be read.
+
+    Raises:
+        DataError: naming those that cannot (the first few in words).
+    """
+    sound: list[tuple[str, dict[str, Any]]] = []
+    bad: list[str] = []
+    for origin, row in rows:
+        if isinstance(row, RowError):
+            bad.append(f"{origin}: {row}")
+        else:
+            sound.append((origin, row))
+    if bad:
+        more = f"\n  ... and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
+        raise DataError(f"{len(bad)} rows that cannot be read:\n  " + "\n  ".join(bad[:MAX_SHOWN]) + more)
+    return sound
+
+
+def _raw_rows(source: SourceSection, recipe_dir: Path) -> Iterator[Numbered]:
+    kind = source_kind(source, recipe_dir)
+    if kind == "hub":
+        yield from hub_rows(source)
+    elif kind == "saved":
+        yield from saved_rows(_folder(source, recipe_dir), source)
+    elif kind == "url":
+        yield from url_rows(source.path)
+    else:
+        for file in _local_files(source, recipe_dir):
+            yield from read_file(file)
+
+
+def _folder(source: SourceSection, recipe_dir: Path) -> Path:
+    folder = find_path(source.path, recipe_dir)
+    assert folder is not None, "source_kind found it"
+    return folder
+
+
+def _local_files(source: SourceSection, recipe_dir: Path) -> list[DataFile]:
     files = find_files(source.path, recipe_dir)
     if not files:
-        raise DataError(f"there is no file `{source.path}` (looked in {places_text(recipe_dir)})")
-    for path in files:
-        reader = _READERS.get(path.suffix)
-        if reader is None:
-            raise DataError(f"{path}: files that can be read end in {', '.join(_READERS)}")
-        try:
-            yield from reader(path)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"there is no data file at `{source.path}` (looked in {places_text(recipe_dir)})")
+    return [DataFile(str(path), path.name, lambda path=path: path.open("rb")) for path in files]  # type: ignore[misc]
 
 
-def _read_jsonl(path: Path) -> Iterator[Numbered]:
-    with path.open(encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not valid JSON: {error}") from error
-            yield _checked(row, f"{path}:{number}")
+def computed_columns(
+    row: Mapping[str, Any], columns: Mapping[str, str], template: Mapping[str, str], *, partial: bool = False
+) -> dict[str, Any]:
+    """A row with its columns renamed and those added that templates make of them.
 
+    Args:
+        row: a raw row.
+        columns: our name -> the name in the row; dots lead inwards unless a column has that very name.
+        template: our name -> Jinja text over the row and the renamed columns.
+        partial: whether columns that are not there are left out (inference), with the templates that need them.
 
-def _read_json(path: Path) -> Iterator[Numbered]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(data, list):
-        raise DataError(f"{path}: holds {type(data).__name__}, not a list of rows; one row per line belongs in a .jsonl file")
-    for number, row in enumerate(data, 1):
-        yield _checked(row, f"{path}:{number}")
-
-
-def _read_csv(path: Path) -> Iterator[Numbered]:
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        try:
-            for row in reader:
-                origin = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(f"{origin}: has another number of columns than the header ({len(reader.fieldnames or [])})")
-                yield origin, dict(row)
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Numbered]:
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
-
-    try:
-        table = parquet.read_table(path)
-    except ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path}:{number}", row
-
-
-def _read_text(path: Path) -> Iterator[Numbered]:
-    with path.open(encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, 1):
-            if line.strip():
-                yield f"{path}:{number}", {"text": line.rstrip("\n")}
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}
-
-
-def _hub_rows(source: SourceSection) -> Iterator[Numbered]:
-    from datasets import load_dataset
-
-    split = source.split or "train"
-    try:
-        dataset = load_dataset(source.path, source.config, split=split, revision=source.revision)
-    except Exception as error:  # the hub client, the builder and the file readers each raise their own
-        raise DataError(f"the dataset `{source.path}` cannot be loaded: {str(error).splitlines()[0]}") from error
-    for number, row in enumerate(dataset, 1):
-        yield f"{source.path}[{split}]:{number}", dict(row)
-
-
-def _checked(row: Any, origin: str) -> Numbered:
-    if not isinstance(row, dict):
-        raise DataError(f"{origin}: is {type(row).__name__}, not a mapping of columns")
-    return origin, row
-
-
-def _rename(row: dict[str, Any], columns: dict[str, str], origin: str) -> dict[str, Any]:
+    Raises:
+        RowError: a column is not there, or a template fails.
+    """
     renamed = dict(row)
     for ours, theirs in columns.items():
-        if theirs not in row:
-            raise DataError(f"{origin}: no column `{theirs}` (from `columns`); the row has {', '.join(row) or 'none'}")
-        renamed[ours] = row[theirs]
-    return renamed
+        try:
+            renamed[ours] = _value_at(row, theirs)
+        except RowError:
+            if not partial:
+                raise
+    filled = {name: _filled(name, text, renamed, partial) for name, text in template.items()}
+    return renamed | {name: text for name, text in filled.items() if text is not None}
+
+
+def _value_at(row: Mapping[str, Any], name: str) -> Any:
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            at = f" (nothing is at `{part}`)" if "." in name else ""
+            raise RowError(f"no column `{name}`{at} (from `columns`); the row has {columns_text(row)}")
+    return value
+
+
+def _filled(name: str, text: str, row: Mapping[str, Any], partial: bool) -> str | None:
+    """The text that a template gives for a row; None where `partial` allows a column to be missing."""
+    from jinja2 import UndefinedError
+
+    template = compile_template(text)
+    try:
+        return template.render(row)
+    except UndefinedError as error:
+        if partial:
+            return None
+        raise RowError(f"template `{name}`: {error.message}; the row has {columns_text(row)}") from error
+    except Exception as error:  # a template computes: it can raise anything
+        raise RowError(f"template `{name}` fails: {type(error).__name__}: {error}") from error
+
+
+def mixed(
+    openers: Sequence[Callable[[], Iterator[T]]], weights: Sequence[float] | None, stopping_strategy: str, seed: int
+) -> Iterator[tuple[int, T]]:
+    """The items of several sources with the index of each one's source.
+
+    Without weights one source after the other, every item once. With weights every item is of a source drawn by them:
+    `first_exhausted` ends when the drawn source has no more items; with `all_exhausted` it starts over, until every one has
+    been through once.
+
+    Raises:
+        DataError: a source has no items.
+    """
+    if weights is None:
+        for index, opener in enumerate(openers):
+            yield from ((index, item) for item in _some(opener, index))
+        return
+    draw = random.Random(f"mixture {seed}")
+    shares, indices = list(accumulate(weights)), range(len(openers))
+    sources = [_some(opener, index) for index, opener in enumerate(openers)]
+    exhausted: set[int] = set()
+    while True:
+        (index,) = draw.choices(indices, cum_weights=shares)
+        try:
+            item = next(sources[index])
+        except StopIteration:
+            exhausted.add(index)
+            if stopping_strategy == "first_exhausted" or len(exhausted) == len(openers):
+                return
+            sources[index] = _some(openers[index], index)
+            item = next(sources[index])
+        yield index, item
+
+
+def _some(opener: Callable[[], Iterator[T]], index: int) -> Iterator[T]:
+    is_empty = True
+    for item in opener():
+        is_empty = False
+        yield item
+    if is_empty:
+        raise DataError(f"source {index + 1} of the mixture has no rows")
+
+
+def content_fingerprint(source: SourceSection, recipe_dir: Path) -> str | None:
+    """A text that changes whenever the rows of a source could; None where that cannot be told, as for streams.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    if source.streaming:
+        return None
+    versions = _versions(source, recipe_dir)
+    if versions is None:
+        return None
+    from xxhash import xxh3_128
+
+    stated = source.model_dump(mode="json", exclude={"path", "weight", "streaming"})
+    return xxh3_128(json.dumps([versions, stated], sort_keys=True).encode()).hexdigest()
+
+
+def _versions(source: SourceSection, recipe_dir: Path) -> list[str] | None:
+    """A text for every file of a source that changes with it, and the names that messages give them."""
+    kind = source_kind(source, recipe_dir)
+    if kind == "url":
+        return url_versions(source.path)
+    if kind == "hub":
+        return [source.path, hub_fingerprint(source)]
+    if kind == "saved":
+        folder = saved_folder(_folder(source, recipe_dir), source)
+        return [f"{path} {_file_hash(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
+    _local_files(source, recipe_dir)
+    return [f"{path} {_file_hash(path)}" for path in find_files(source.path, recipe_dir)]
+
+
+def _file_hash(path: Path) -> str:
+    from xxhash import xxh3_128
+
+    digest = xxh3_128()
+    try:
+        with path.open("rb") as handle:
+            while chunk := handle.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
