@@ -1,112 +1,134 @@
-"""CAUSAL_LM on tensors: which tokens are learned, found by rendering the chat template and never guessed."""
+"""CAUSAL_LM on tensors: which tokens are learned, found exactly and never guessed."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from peftkit.formats.base import RowError
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Example, fit_length
-from peftkit.tasks.language_torch import score_tokens, strip_end, summarise_tokens, token_loss_sum
-from peftkit.tasks.runtime_torch import BaseRuntime, pad, pad_inputs
-
-# For tokenizers without a template; stored with the adapter, so that inference renders the same.
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
+from peftkit.formats.base import CanonicalRow, RowError
+from peftkit.formats.pretokenized import check_aligned
+from peftkit.tasks.chat import ChatRenderer
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View, fit_length
+from peftkit.tasks.language_torch import join_weights, score_tokens, strip_end, summarise_tokens, token_loss_sum
+from peftkit.tasks.runtime_torch import BaseRuntime, check_ids, pad, pad_inputs
 
 
-def default_chat_template(tokenizer: Any) -> str:
-    """The template for a tokenizer without one; it starts with BOS where the tokenizer starts every text with it."""
-    first = tokenizer("a")["input_ids"][:1]
-    starts_with_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-    return "{{ bos_token }}" * starts_with_bos + DEFAULT_CHAT_TEMPLATE
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """A row's tokens, the weight of each (0: not learned), and what the audit should tell of it."""
+
+    ids: list[int]
+    weights: list[float]
+    notes: tuple[str, ...] = ()
 
 
 class Runtime(BaseRuntime):
-    """See `peftkit.tasks.base.Runtime`."""
+    """See `peftkit.tasks.example.Runtime`; labels are of shape (B, T), or (B, T, 2) where tokens have weights."""
 
-    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
-        """Tokens and labels; labels are aligned with the tokens (not shifted)."""
-        if "messages" in row:
-            ids, labels = self._chat(row["messages"], target)
-        elif "prompt" in row:
-            ids, labels = self._prompt_completion(row, target)
-        else:
-            ids = self.tokenizer(row["text"])["input_ids"]
-            ids = (
-                strip_end(ids, self.tokenizer) if not target else [*strip_end(ids, self.tokenizer), self.tokenizer.eos_token_id]
-            )
-            labels = list(ids)
-        if self.settings.train_on == "all":
-            labels = list(ids)
-        num_tokens = len(ids)
-        kept = fit_length(num_tokens, self.settings)
-        if kept is None:
-            return None
-        ids, labels = ids[kept], labels[kept]
+    def __init__(self, tokenizer: Any, settings: Encoding) -> None:
+        super().__init__(tokenizer, settings)
+        self.chat = ChatRenderer(tokenizer, settings)
+
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
+        """Tokens and labels; labels are aligned with the tokens (not shifted). Parts without anything to learn are left out."""
+        tokens = self._tokens(row) if target else self._prompt(row)
+        if not tokens.ids:
+            raise RowError("there is no token in it")
+        examples = [self._example(tokens, kept, origin) for kept in fit_length(len(tokens.ids), self.settings)]
+        learned = [example for example in examples if example.num_targets or not target]
+        if examples and not learned:
+            raise RowError(f"no token is left to learn ({len(tokens.ids)} tokens, max_length {self.settings.max_length})")
+        return learned
+
+    def _example(self, tokens: _Tokens, kept: slice, origin: str) -> Example:
+        ids, weights = tokens.ids[kept], tokens.weights[kept]
+        labels = [token if weight else IGNORE_INDEX for token, weight in zip(ids, weights, strict=True)]
+        plain = all(weight in (0.0, 1.0) for weight in weights)
         # The first token is never predicted: its label is not a target.
-        num_targets = sum(label != IGNORE_INDEX for label in labels[1:])
-        if target and num_targets == 0:
-            raise RowError(f"no token is left to learn ({num_tokens} tokens, max_length {self.settings.max_length})")
-        return Example({"input_ids": ids}, labels, num_targets, origin, num_tokens)
+        num_targets = sum(label != IGNORE_INDEX for label in labels[1:]) if plain else sum(weights[1:])
+        return Example(
+            {"input_ids": ids},
+            labels,
+            num_targets,
+            origin,
+            len(tokens.ids),
+            weights=None if plain else weights,
+            notes=tokens.notes,
+        )
 
-    def _prompt_completion(self, row: Mapping[str, Any], target: bool) -> tuple[list[int], list[int]]:
-        prompt = strip_end(self.tokenizer(row["prompt"])["input_ids"], self.tokenizer)
-        if not target:
-            return prompt, [IGNORE_INDEX] * len(prompt)
-        answer = self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
-        return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+    def _prompt(self, row: Mapping[str, Any]) -> _Tokens:
+        """What a model is asked with."""
+        if "messages" in row:
+            ids = self.chat.ids(self.chat.prompt(row))
+        elif "input_ids" in row:
+            ids = check_ids(row["input_ids"], self.tokenizer)
+        elif "segments" in row:
+            ids = [token for part in row["segments"] for token in self._piece(part["text"])]
+        else:
+            ids = self._start(row.get("prompt", row.get("text", "")))
+        return _Tokens(ids, [0.0] * len(ids))
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]], target: bool) -> tuple[list[int], list[int]]:
-        if not target:
-            ids = self._render(messages, add_generation_prompt=True)
-            return ids, [IGNORE_INDEX] * len(ids)
-        ids = self._render(messages)
-        labels = [IGNORE_INDEX] * len(ids)
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start, end = self._turn(messages, number, ids)
-                labels[start:end] = ids[start:end]
-        return ids, labels
+    def _tokens(self, row: Mapping[str, Any]) -> _Tokens:
+        conversation = _conversation(row)
+        if conversation is not None:
+            rendered = self.chat.conversation(conversation)
+            return _Tokens(rendered.ids, rendered.weights, rendered.notes)
+        if self.settings.train_on == "assistant":
+            raise RowError("the row has no assistant turns, which `train_on: assistant` is about")
+        if "input_ids" in row or "segments" in row:
+            return self._as_stated(row)
+        if "prompt" in row:
+            prompt, answer = self._start(row["prompt"]), [*self._piece(row["completion"]), self.tokenizer.eos_token_id]
+            learned = float(self.settings.train_on == "all")
+            return _Tokens(prompt + answer, [learned] * len(prompt) + [1.0] * len(answer))
+        ids = [*self._start(row["text"]), self.tokenizer.eos_token_id]
+        return _Tokens(ids, [1.0] * len(ids))
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> list[int]:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template raises whatever it likes, most often jinja2.TemplateError
-            raise RowError(f"the chat template refuses these messages: {error}") from error
-        # The template writes the special tokens itself: adding them again would double the BOS.
+    def _as_stated(self, row: Mapping[str, Any]) -> _Tokens:
+        """Rows that say themselves what is learned: pre-tokenised ones, and those of segments."""
+        if self.settings.train_on != "completion":
+            raise RowError(f"the row itself says what is learned: `train_on: {self.settings.train_on}` has no effect")
+        if "input_ids" in row:
+            check_aligned(dict(row))
+            ids = check_ids(row["input_ids"], self.tokenizer)
+            return _Tokens(ids, [float(label != IGNORE_INDEX) for label in row["labels"]])
+        pieces = [(self._piece(part["text"]), float(part["train"])) for part in row["segments"]]
+        return _Tokens(
+            [token for ids, _ in pieces for token in ids], [weight for ids, weight in pieces for _ in range(len(ids))]
+        )
+
+    def _start(self, text: str) -> list[int]:
+        """Tokens of a text that begins an example; one that writes BOS itself gets no second one."""
+        ids = strip_end(self.tokenizer(text)["input_ids"], self.tokenizer)
+        bos = self.tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _piece(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _turn(self, messages: Sequence[Mapping[str, Any]], number: int, ids: list[int]) -> tuple[int, int]:
-        """Start and end of an assistant turn, proven: both renderings must be prefixes of the whole, token by token."""
-        before = self._render(messages[:number], add_generation_prompt=True)
-        through = self._render(messages[: number + 1])
-        if ids[: len(before)] != before or ids[: len(through)] != through:
-            raise RowError(
-                f"the tokens of assistant turn {number + 1} cannot be told from the rest: the chat template renders the "
-                "beginning of the conversation differently from the whole; set `train_on: all` or another `model.chat_template`"
-            )
-        return len(before), self._end_of_turn(through, len(before))
+    def rendering(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Token ids and, of a conversation, what the template writes with and without its end."""
+        conversation = _conversation(row)
+        if conversation is None:
+            return super().rendering(row)
+        rendered = self.chat.conversation(conversation)
+        asked = _asked(conversation)
+        prompts = {"generation_prompt": self.chat.prompt(asked)} if asked["messages"] else {}
+        return {"text": rendered.text, **prompts, "input_ids": [rendered.ids]}
 
-    def _end_of_turn(self, through: list[int], start: int) -> int:
-        """The end of the turn, without the white space that a template writes after its end token."""
-        special = set(self.tokenizer.all_special_ids)
-        last = next((place for place in range(len(through) - 1, start - 1, -1) if through[place] in special), None)
-        if last is None or self.tokenizer.decode(through[last + 1 :]).strip():
-            return len(through)
-        return last + 1
+    def views(self, example: Example) -> list[View]:
+        """The tokens; the first one is never a target."""
+        learned = example.weights or [float(label != IGNORE_INDEX) for label in example.labels]
+        return [View("", example.inputs["input_ids"], [0.0, *learned[1:]])]
 
     def labels_tensor(self, examples: Sequence[Example]) -> torch.Tensor:
-        """Right-padded labels (B, T)."""
-        return pad([example.labels for example in examples], IGNORE_INDEX)
+        """Right-padded labels (B, T), or with weights (B, T, 2)."""
+        return join_weights(pad([example.labels for example in examples], IGNORE_INDEX), examples)
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits (B, T, V)."""
@@ -115,7 +137,7 @@ class Runtime(BaseRuntime):
         return logits
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Sum over the targets; position t predicts token t + 1. Logits (B, T, V), labels (B, T)."""
+        """Sum over the targets; position t predicts token t + 1. Logits (B, T, V)."""
         return token_loss_sum(logits[:, :-1], labels[:, 1:], label_smoothing)
 
     def score(self, logits: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -137,3 +159,16 @@ class Runtime(BaseRuntime):
     def probe_row(self, text: str) -> dict[str, Any]:
         """A text and the same as its continuation."""
         return {"prompt": text, "completion": text}
+
+
+def _conversation(row: Mapping[str, Any]) -> CanonicalRow | None:
+    """The row as a conversation, if it is one; of a preference the chosen one."""
+    if "messages" in row:
+        return dict(row)
+    return {"messages": row["chosen"], "tools": row.get("tools")} if "chosen" in row else None
+
+
+def _asked(row: CanonicalRow) -> CanonicalRow:
+    """The conversation without its last answer."""
+    messages = row["messages"]
+    return row | {"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -52,11 +52,16 @@ class Encoding:
 
     Attributes:
         max_length: tokens per example (per window or text, where an example has several).
-        truncation: `error`, `left`, `right` or `drop`.
+        truncation: `error`, `left`, `right`, `drop` or `split`.
         train_on: which tokens are targets.
         labels: names of the classes in order, for tasks that have them.
+        numbered: whether a whole number may stand for the label at that place: the recipe has named them in order.
         problem_type: `single_label_classification`, `multi_label_classification` or `regression`, for SEQ_CLS.
         adds_end: whether a text gets an end token where the tokenizer gives it none: models with a decoder pool that token.
+        label_all_tokens: whether a word's tag is learned at all of its tokens, for TOKEN_CLS.
+        source_prefix: text before every source, for SEQ_2_SEQ_LM.
+        chat_template_kwargs: further variables of the chat template.
+        template_date: the day (ISO) that a chat template wrote, if it writes one.
         task_names: what `task_id` may be, in order, for methods that learn from several tasks.
         span: for QUESTION_ANS.
         embedding: for FEATURE_EXTRACTION.
@@ -66,8 +71,13 @@ class Encoding:
     truncation: str = "error"
     train_on: str = "completion"
     labels: tuple[str, ...] = ()
+    numbered: bool = False
     problem_type: str = ""
     adds_end: bool = False
+    label_all_tokens: bool = False
+    source_prefix: str = ""
+    chat_template_kwargs: dict[str, str | int | float | bool] = field(default_factory=dict)
+    template_date: str | None = None
     task_names: tuple[str, ...] = ()
     span: SpanSettings | None = None
     embedding: EmbeddingSettings | None = None

@@ -21,14 +21,12 @@ def _settle(stated: Encoding, rows: Rows, model_kind: str | None) -> Encoding:
         RowError: the rows lack what the loss needs.
     """
     embedding = stated.embedding or EmbeddingSettings()
-    scored = {"score" in row for row in rows}
-    if len(scored) > 1:
-        raise RowError("some training rows have a `score` and some have none; rows of one kind are needed")
-    loss = embedding.loss if embedding.loss != "auto" else "cosine" if scored == {True} else "contrastive"
-    if (loss == "cosine") != (scored == {True}):
-        has, takes = ("a", "pairs without one") if scored == {True} else ("no", "rows with one")
+    scored = any("score" in row for row in rows)  # those that differ are named when they are encoded
+    loss = embedding.loss if embedding.loss != "auto" else "cosine" if scored else "contrastive"
+    if (loss == "cosine") != scored:
+        has, takes = ("a", "pairs without one") if scored else ("no", "rows with one")
         raise RowError(f"the training rows have {has} `score`, and `embedding.loss: {loss}` takes {takes}")
-    if loss == "triplet" and not all(row.get("negative") for row in rows):
+    if loss == "triplet" and not any(row.get("negative") for row in rows):
         raise RowError("`embedding.loss: triplet` needs a `negative` in every training row")
     pooling = embedding.pooling if embedding.pooling != "auto" else "last" if model_kind == "decoder" else "mean"
     return dataclasses.replace(stated, embedding=dataclasses.replace(embedding, loss=loss, pooling=pooling))

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
-from peftkit.tasks.encoding import EmbeddingSettings
+from peftkit.tasks.encoding import EmbeddingSettings, Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, fit_length
 from peftkit.tasks.runtime_torch import BaseRuntime
 from peftkit.tasks.statistics import correlations
 
@@ -20,7 +20,7 @@ CHUNK = 512  # anchors that are compared with all candidates at a time
 
 
 class Runtime(BaseRuntime):
-    """See `peftkit.tasks.base.Runtime`; outputs are vectors (N, D), one per text, rows one after the other.
+    """See `peftkit.tasks.example.Runtime`; outputs are vectors (N, D), one per text, rows one after the other.
 
     Labels are of shape (N, 3): the row that a text belongs to (counted from 0), its role, and the row's score (0 to 1, or NaN).
     """
@@ -30,21 +30,21 @@ class Runtime(BaseRuntime):
         self.embedding = settings.embedding or EmbeddingSettings()
         self.couples_rows = self.embedding.loss == "contrastive"
 
-    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
         """Token ids of all texts of a row."""
         if target:
             self._check(row)
         texts = [row["anchor"], row["positive"], *row.get("negative", [])] if target else [row["text"]]
         encoded = [self.tokenizer(text) for text in texts]
         num_tokens = max(len(part["input_ids"]) for part in encoded)
-        if fit_length(num_tokens, self.settings) is None:
-            return None
+        if not fit_length(num_tokens, self.settings):
+            return []
         if num_tokens > self.settings.max_length:
             encoded = [self._cut(text) for text in texts]
         inputs = {name: [part[name] for part in encoded] for name in ("input_ids", "token_type_ids") if name in encoded[0]}
         roles = [ANCHOR, POSITIVE, *[NEGATIVE] * (len(texts) - 2)] if target else [IGNORE_INDEX]
         labels = [[role, self._target(row.get("score"))] for role in roles]
-        return Example(inputs, labels, int(target), origin, num_tokens, details={"texts": texts})
+        return [Example(inputs, labels, int(target), origin, num_tokens, details={"texts": texts})]
 
     def _check(self, row: Mapping[str, Any]) -> None:
         if ("score" in row) != (self.embedding.loss == "cosine"):
@@ -67,6 +67,13 @@ class Runtime(BaseRuntime):
         encoded = self.tokenizer(text, truncation=True, max_length=self.settings.max_length)
         self.tokenizer.truncation_side = side
         return encoded
+
+    def view_titles(self, example: Example) -> list[str]:
+        """The role of each text and, of the anchor, its similarity to the positive where that is learned."""
+        roles = {ANCHOR: "anchor", POSITIVE: "positive", NEGATIVE: "negative"}
+        score = example.labels[0][1]
+        learned = "" if math.isnan(score) else f", similarity to the positive: {score:.4g}"
+        return [roles[role] + learned * (role == ANCHOR) for role, _ in example.labels]
 
     def labels_tensor(self, examples: Sequence[Example]) -> torch.Tensor:
         """Row, role and score of every text (N, 3)."""

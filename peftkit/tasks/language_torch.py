@@ -9,35 +9,59 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from peftkit.tasks.base import IGNORE_INDEX
+from peftkit.formats.base import RowError
+from peftkit.tasks.example import IGNORE_INDEX, Example
+
+
+def split_labels(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Target ids (B, T) and their weights (B, T), from labels (B, T), or (B, T, 2) where targets have weights."""
+    if labels.dim() == 2:
+        return labels, None
+    return labels[..., 0].long(), labels[..., 1]
+
+
+def join_weights(labels: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+    """Labels (B, T) as they are or, where an example has weights, with them: (B, T, 2), float32, exact up to 2**24 tokens."""
+    if not any(example.weights for example in examples):
+        return labels
+    weights = torch.ones(labels.shape)
+    for row, example in zip(weights, examples, strict=True):
+        if example.weights:
+            row[: len(example.weights)] = torch.tensor(example.weights)
+    return torch.stack([labels.float(), weights], dim=-1)
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Sum of cross-entropy over the positions that have a target.
+    """Sum of cross-entropy over the positions that have a target, each times its weight.
 
     Args:
         logits: (B, T, V), already aligned with `labels`.
-        labels: (B, T), IGNORE_INDEX where there is no target.
+        labels: (B, T), IGNORE_INDEX where there is no target, or (B, T, 2) with weights.
         label_smoothing: mass spread over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567, section 7).
     """
-    wanted = labels != IGNORE_INDEX
-    return functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum", label_smoothing=label_smoothing)
+    targets, weights = split_labels(labels)
+    wanted = targets != IGNORE_INDEX
+    chosen = logits[wanted].float()
+    if weights is None:
+        return functional.cross_entropy(chosen, targets[wanted], reduction="sum", label_smoothing=label_smoothing)
+    losses = functional.cross_entropy(chosen, targets[wanted], reduction="none", label_smoothing=label_smoothing)
+    return (losses * weights[wanted]).sum()
 
 
 def score_tokens(logits: torch.Tensor, labels: torch.Tensor, tokenizer: Any) -> list[dict[str, Any]]:
-    """Per row: loss (sum), targets, right ones, and what the model would have said at the targets' positions."""
+    """Per row: loss (weighted sum), weight of the targets, their number, right ones, and what the model would have said."""
     results = []
     for row_logits, row_labels in zip(logits, labels, strict=True):
-        wanted = row_labels != IGNORE_INDEX
-        targets, guesses = row_labels[wanted], row_logits[wanted].argmax(-1)
-        loss = (
-            functional.cross_entropy(row_logits[wanted].float(), targets, reduction="sum") if len(targets) else torch.zeros(())
-        )
+        targets, weights = split_labels(row_labels[None])
+        wanted = targets[0] != IGNORE_INDEX
+        ids, guesses = targets[0][wanted], row_logits[wanted].argmax(-1)
+        loss = token_loss_sum(row_logits[None], row_labels[None], 0.0) if len(ids) else torch.zeros(())
         results.append(
             {
                 "loss_sum": float(loss.detach()),
-                "num_targets": int(wanted.sum()),
-                "num_correct": int((guesses == targets).sum()),
+                "num_targets": len(ids) if weights is None else float(weights[0][wanted].sum()),
+                "num_tokens": len(ids),
+                "num_correct": int((guesses == ids).sum()),
                 "next_token_prediction": tokenizer.decode(guesses, skip_special_tokens=True),
             }
         )
@@ -49,7 +73,8 @@ def summarise_tokens(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     num_targets = sum(result["num_targets"] for result in results)
     loss = math.fsum(result["loss_sum"] for result in results) / num_targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {"loss": loss, "perplexity": perplexity, "token_accuracy": sum(row["num_correct"] for row in results) / num_targets}
+    accuracy = sum(row["num_correct"] for row in results) / sum(row["num_tokens"] for row in results)
+    return {"loss": loss, "perplexity": perplexity, "token_accuracy": accuracy}
 
 
 def strip_end(ids: list[int], tokenizer: Any) -> list[int]:
@@ -57,8 +82,19 @@ def strip_end(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def flat_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Messages without template: everything before the last assistant turn, and that turn."""
-    answer = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return "\n".join(message["content"] for message in before), answer
+def flat_messages(row: Mapping[str, Any], target: bool) -> tuple[str, str]:
+    """A conversation without template: everything before the last assistant turn, and that turn (empty without target).
+
+    Raises:
+        RowError: it holds what plain text cannot say, or does not end with an answer to learn.
+    """
+    messages = row["messages"]
+    if row.get("tools") or any(message.get("tool_calls") for message in messages):
+        raise RowError("tools and tool calls need a chat template, which this task does not use")
+    last = messages[-1]
+    if not target:
+        asked = messages[:-1] if last["role"] == "assistant" else messages
+        return "\n".join(message["content"] for message in asked), ""
+    if last["role"] != "assistant" or last.get("weight", 1.0) != 1.0:
+        raise RowError("the last turn, which alone is learned here, is no assistant turn with the weight 1")
+    return "\n".join(message["content"] for message in messages[:-1]), last["content"]

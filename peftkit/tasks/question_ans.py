@@ -38,6 +38,7 @@ QUESTION_ANS = Task(
     has_head=True,
     has_labels=False,
     train_on=(),
+    truncations=("error",),
     runtime_module="peftkit.tasks.question_ans_torch",
     num_outputs=2,  # a start and an end
     own_keys=("data.doc_stride", "evaluation.max_answer_length", "evaluation.null_score_threshold"),

@@ -6,20 +6,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from peftkit.formats.base import RowError
 from peftkit.tasks import squad
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example
-from peftkit.tasks.encoding import SpanSettings
+from peftkit.tasks.encoding import Encoding, SpanSettings
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View
 from peftkit.tasks.runtime_torch import BaseRuntime, require_offsets
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     """Where a window's part of the context is.
 
     Attributes:
@@ -52,7 +51,7 @@ class _Span:
 
 
 class Runtime(BaseRuntime):
-    """See `peftkit.tasks.base.Runtime`; labels are of shape (N, 3): start, end, and the window's number of tokens.
+    """See `peftkit.tasks.example.Runtime`; labels are of shape (N, 3): start, end, and the window's number of tokens.
 
     `num_targets` counts windows. Windows that do not hold the whole answer have the position of "no answer" as start and end:
     that of the CLS token, or the first one where there is none (Devlin et al. 2019, arXiv:1810.04805, section 4.3).
@@ -63,7 +62,7 @@ class Runtime(BaseRuntime):
         require_offsets(tokenizer, "QUESTION_ANS")
         self.span = settings.span or SpanSettings()
 
-    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
         """Token ids of all windows of question and context, and where the first answer is."""
         encoded = self._windows(row["question"], row["context"])
         ids = encoded["input_ids"]
@@ -75,8 +74,17 @@ class Runtime(BaseRuntime):
         places = self._places(windows, answers) if target else [(IGNORE_INDEX, IGNORE_INDEX)] * len(windows)
         labels = [[*place, window.num_tokens] for place, window in zip(places, windows, strict=True)]
         inputs = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-        details = {"windows": windows, "context": row["context"], "answers": list(answers["text"]) if target else None}
-        return Example(inputs, labels, len(windows) * target, origin, max(map(len, ids)), details=details)
+        details = {
+            "windows": windows,
+            "context": row["context"],
+            "answers": list(answers["text"]) if target else None,
+        }
+        num_targets, longest = len(windows) * target, max(map(len, ids))
+        return [Example(inputs, labels, num_targets, origin, longest, details=details, notes=_notes(windows, places, answers))]
+
+    def rendering(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The token ids of its windows."""
+        return {"input_ids": [ids for example in self.encode(row, "a row of training") for ids in example.sequences]}
 
     def _windows(self, question: str, context: str) -> Any:
         """The tokenizer's output with one entry per window.
@@ -119,6 +127,16 @@ class Runtime(BaseRuntime):
             raise RowError(f"{what}; a greater data.max_length or data.doc_stride would")
         return [place or null for place, null in zip(found, nulls, strict=True)]
 
+    def views(self, example: Example) -> list[View]:
+        """The windows, with the answer in those that hold it."""
+        found = []
+        for ids, (start, end, _), window in zip(example.sequences, example.labels, example.details["windows"], strict=True):
+            has_answer = start != _Window(*window).null
+            answers = example.details["answers"]
+            title = f"answer: {answers[0]}" if has_answer and answers else "no answer in this window"
+            found.append(View(title, ids, [float(has_answer and start <= place <= end) for place in range(len(ids))]))
+        return found
+
     def labels_tensor(self, examples: Sequence[Example]) -> torch.Tensor:
         """Start, end and number of tokens of every window (N, 3)."""
         return torch.tensor([labels for example in examples for labels in example.labels])
@@ -139,7 +157,8 @@ class Runtime(BaseRuntime):
         for example in examples:
             rows = slice(first, first + len(example.sequences))
             first = rows.stop
-            result = self._best(logits[rows].float().cpu(), example.details["windows"], example.details["context"])
+            windows = [_Window(*window) for window in example.details["windows"]]
+            result = self._best(logits[rows].float().cpu(), windows, example.details["context"])
             answers = example.details["answers"]
             known = answers is not None
             result |= {"answers": answers, "loss_sum": float(losses[rows].sum()), "num_targets": len(example.sequences) * known}
@@ -209,6 +228,14 @@ class Runtime(BaseRuntime):
         for name, rows in parts.items() if parts["no_answer"] else ():
             metrics |= {f"{name}_{metric}": value for metric, value in _means(rows).items()} if rows else {}
         return metrics
+
+
+def _notes(windows: Sequence[_Window], places: Sequence[tuple[int, int]], answers: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the audit tells of a row with an answer that not every window holds."""
+    nulls = sum(place == (window.null, window.null) for window, place in zip(windows, places, strict=True))
+    if not answers["text"] or not nulls:
+        return ()
+    return (f"{nulls} of {len(windows)} windows do not hold the whole answer and are learned as ones without an answer",)
 
 
 def _means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 
 from peftkit.errors import LoadError
 from peftkit.formats.base import RowError
-from peftkit.tasks.base import Batch, Encoding, Example
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import Batch, Example, View
 
 # Any text will do: what counts is that both models see the same.
 PROBE_TEXTS = (
@@ -21,22 +24,37 @@ PROBE_TEXTS = (
 
 
 class BaseRuntime:
-    """See `peftkit.tasks.base.Runtime`; a task adds `encode_row`, `labels_tensor`, `loss_sum`, `score` and `summarise`."""
+    """See `peftkit.tasks.example.Runtime`; a task adds `encode_row`, `labels_tensor`, `loss_sum`, `score` and `summarise`."""
 
     couples_rows = False
 
     def __init__(self, tokenizer: Any, settings: Encoding) -> None:
         self.tokenizer, self.settings = tokenizer, settings
 
-    def encode(self, row: Mapping[str, Any], origin: str, *, target: bool = True) -> Example | None:
+    def encode(self, row: Mapping[str, Any], origin: str, *, target: bool = True) -> list[Example]:
         """A canonical row as token ids, with the number of its task where rows have tasks."""
-        example = self.encode_row(row, origin, target)
-        if example is not None and self.settings.task_names:
+        examples = self.encode_row(row, origin, target)
+        for example in examples if self.settings.task_names else ():
             example.task_id = task_number(row, self.settings.task_names)
-        return example
+        return examples
 
-    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
         """The task's own part of `encode`."""
+        raise NotImplementedError
+
+    def rendering(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Its token ids, however many."""
+        settings = dataclasses.replace(self.settings, max_length=sys.maxsize)
+        examples = type(self)(self.tokenizer, settings).encode(row, "a row of training")
+        return {"input_ids": [ids for example in examples for ids in example.sequences]}
+
+    def views(self, example: Example) -> list[View]:
+        """Its sequences, no token of which is learned by itself."""
+        titles = self.view_titles(example)
+        return [View(title, ids, [0.0] * len(ids)) for title, ids in zip(titles, example.sequences, strict=True)]
+
+    def view_titles(self, example: Example) -> list[str]:
+        """A title for each sequence."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -109,22 +127,40 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, side: str = "right") -> to
 
 
 def pad_inputs(tokenizer: Any, examples: Sequence[Example], *, side: str = "right") -> dict[str, torch.Tensor]:
-    """Model inputs (N, T) of several examples, with `attention_mask`, and `task_ids` (N,) where rows have tasks.
+    """Model inputs (N, T) of several examples, with `attention_mask` but for packed rows; `task_ids` (N,) of rows with tasks.
 
     N counts the windows or texts of all examples, in order.
     """
-    values = {"input_ids": tokenizer.pad_token_id, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    values = {
+        "input_ids": tokenizer.pad_token_id,
+        "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+        "position_ids": 0,
+    }
     batch = {
         name: pad(
             [sequence for example in examples for sequence in as_sequences(example.inputs[name])], values[name], side=side
         )
         for name in examples[0].inputs
     }
-    ones = [[1] * len(sequence) for example in examples for sequence in example.sequences]
-    batch["attention_mask"] = pad(ones, 0, side=side)
+    if "position_ids" not in batch:  # in packed rows positions say which tokens belong together, padding included
+        ones = [[1] * len(sequence) for example in examples for sequence in example.sequences]
+        batch["attention_mask"] = pad(ones, 0, side=side)
     if examples[0].task_id is not None:
         batch["task_ids"] = torch.tensor([example.task_id for example in examples for _ in example.sequences])
     return batch
+
+
+def check_ids(ids: Sequence[int], tokenizer: Any, name: str = "input_ids") -> list[int]:
+    """Token ids of a pre-tokenised row.
+
+    Raises:
+        RowError: the tokenizer has no such token.
+    """
+    wrong = next((place for place, token in enumerate(ids) if not 0 <= token < len(tokenizer)), None)
+    if wrong is not None:
+        allowed = f"the tokenizer has the tokens 0 to {len(tokenizer) - 1}"
+        raise RowError(f"`{name}` has the token {ids[wrong]} (place {wrong + 1}); {allowed}")
+    return list(ids)
 
 
 def as_sequences(values: Any) -> list[list[int]]:

@@ -7,30 +7,57 @@ from typing import Any
 
 import torch
 
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Example, fit_length
+from peftkit.formats.base import RowError
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View, fit_length
 from peftkit.tasks.language_torch import flat_messages, score_tokens, summarise_tokens, token_loss_sum
-from peftkit.tasks.runtime_torch import BaseRuntime, pad, pad_inputs
+from peftkit.tasks.runtime_torch import BaseRuntime, check_ids, pad, pad_inputs
 
 
 class Runtime(BaseRuntime):
-    """See `peftkit.tasks.base.Runtime`. The model shifts the labels into decoder inputs by itself."""
+    """See `peftkit.tasks.example.Runtime`. The model shifts the labels into decoder inputs by itself."""
 
-    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
-        """`max_length` holds for the prompt and for the completion, each."""
-        prompt, completion = flat_messages(row["messages"]) if "messages" in row else (row["prompt"], row.get("completion", ""))
-        ids = self.tokenizer(prompt)["input_ids"]
-        labels = self._answer(completion) if target else []
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
+        """`max_length` holds for the source and for the target, each; what is cut keeps its end token."""
+        ids, labels = self._as_stated(row, target) if "input_ids" in row else self._texts(row, target)
         num_tokens = max(len(ids), len(labels))
-        kept = fit_length(num_tokens, self.settings)
-        if kept is None:
-            return None
-        ids, labels = ids[kept], labels[kept]
-        return Example({"input_ids": ids}, labels, len(labels), origin, num_tokens)
+        if not fit_length(num_tokens, self.settings):
+            return []
+        ids, labels = self._cut(ids), self._cut(labels)
+        return [Example({"input_ids": ids}, labels, sum(label != IGNORE_INDEX for label in labels), origin, num_tokens)]
+
+    def _texts(self, row: Mapping[str, Any], target: bool) -> tuple[list[int], list[int]]:
+        source, answer = flat_messages(row, target) if "messages" in row else (row["prompt"], row.get("completion", ""))
+        ids: list[int] = self.tokenizer(self.settings.source_prefix + source)["input_ids"]
+        return ids, self._answer(answer) if target else []
+
+    def _as_stated(self, row: Mapping[str, Any], target: bool) -> tuple[list[int], list[int]]:
+        """A pre-tokenised row."""
+        ids, labels = check_ids(row["input_ids"], self.tokenizer), list(row["labels"]) if target else []
+        check_ids([label for label in labels if label != IGNORE_INDEX], self.tokenizer, "labels")
+        if target and all(label == IGNORE_INDEX for label in labels):
+            raise RowError("no token is left to learn: every label is -100")
+        return ids, labels
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """At most max_length tokens, without their beginning or end as `truncation` says; end tokens stay."""
+        limit = self.settings.max_length
+        if len(ids) <= limit:
+            return ids
+        if self.settings.truncation == "left":
+            return ids[-limit:]
+        special = set(self.tokenizer.all_special_ids)  # some tokenizers put a language code after the end token
+        num_end = next((count for count, token in enumerate(reversed(ids)) if token not in special), 0)
+        return [*ids[: limit - num_end], *ids[len(ids) - num_end :]]
 
     def _answer(self, completion: str) -> list[int]:
         ids: list[int] = self.tokenizer(text_target=completion)["input_ids"]
         # Without an end to learn, an answer would never stop; some tokenizers put a language code after it.
         return ids if self.tokenizer.eos_token_id in ids else [*ids, self.tokenizer.eos_token_id]
+
+    def views(self, example: Example) -> list[View]:
+        """What the encoder reads, and what the decoder learns to write."""
+        ids, target = example.inputs["input_ids"], [label for label in example.labels if label != IGNORE_INDEX]
+        return [View("source", ids, [0.0] * len(ids)), View("target", target, [1.0] * len(target))]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded input_ids and attention_mask (B, S), labels (B, T)."""

@@ -34,12 +34,28 @@ def class_of(label: Any) -> str:
 
 
 def _problem_type(rows: Rows) -> str:
-    labels = [row["label"] for row in rows]
-    if any(isinstance(label, list) for label in labels):
+    """What the labels are; those of a few odd rows do not decide, so that these are named when they are encoded.
+
+    Raises:
+        RowError: some are fractions and some no numbers.
+    """
+    num_lists = num_rows = 0
+    fraction = word = None
+    for row in rows:
+        label = row["label"]
+        num_rows += 1
+        num_lists += isinstance(label, list)
+        number = None if isinstance(label, list) else number_of(label)
+        fraction = label if number is not None and not number.is_integer() else fraction
+        word = label if number is None and not isinstance(label, list) else word
+    if 2 * num_lists >= num_rows:
         return MULTI
-    numbers = [number_of(label) for label in labels]
-    fractions = any(number is not None and not number.is_integer() for number in numbers)
-    return REGRESSION if fractions and None not in numbers else SINGLE
+    if fraction is not None and word is not None:
+        raise RowError(
+            f"some labels are numbers with fractions, such as {fraction!r}, and some no numbers, such as {word!r}: "
+            "`data.problem_type` says what is meant (regression, or single_label_classification)"
+        )
+    return REGRESSION if fraction is not None else SINGLE
 
 
 def _settle(stated: Encoding, rows: Rows, model_kind: str | None) -> Encoding:

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, fit_length
 from peftkit.tasks.runtime_torch import BaseRuntime
 from peftkit.tasks.seq_cls import MULTI, REGRESSION, class_of, number_of
 from peftkit.tasks.statistics import class_table, correlations
@@ -19,7 +20,7 @@ THRESHOLD = 0.5  # probability from which on a class counts as predicted, with s
 
 
 class Runtime(BaseRuntime):
-    """See `peftkit.tasks.base.Runtime`.
+    """See `peftkit.tasks.example.Runtime`.
 
     Labels are of shape (B,) with class numbers (IGNORE_INDEX: none), (B, C) with 0 and 1, or (B,) with numbers (NaN: none).
     """
@@ -29,21 +30,21 @@ class Runtime(BaseRuntime):
         self.label_ids = {name: number for number, name in enumerate(settings.labels)}
         self.problem_type = settings.problem_type
 
-    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
         """Token ids of the text (or pair) and its label."""
         names = self._names(row["label"]) if target and self.problem_type != REGRESSION else []
         label = self._label(row.get("label"), names, target)
         encoded = self.tokenizer(row["text"], row.get("text_pair"))
         num_tokens = len(encoded["input_ids"]) + self._lacks_end(encoded["input_ids"])
-        if fit_length(num_tokens, self.settings) is None:
-            return None
+        if not fit_length(num_tokens, self.settings):
+            return []
         if num_tokens > self.settings.max_length:
             encoded = self._cut(row)  # by the tokenizer, which keeps the special tokens at both ends
         inputs = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
         if self._lacks_end(inputs["input_ids"]):
             kept = slice(self.settings.max_length - 1)
             inputs["input_ids"] = [*inputs["input_ids"][kept], self.tokenizer.eos_token_id]
-        return Example(inputs, label, 1, origin, num_tokens, details={"classes": names})
+        return [Example(inputs, label, 1, origin, num_tokens, details={"classes": names})]
 
     def _lacks_end(self, ids: list[int]) -> bool:
         """Whether a text wants an end token that its tokenizer has not given it."""
@@ -60,11 +61,17 @@ class Runtime(BaseRuntime):
         if isinstance(label, list) != (self.problem_type == MULTI):
             wanted = "a list of classes" if self.problem_type == MULTI else "one class"
             raise RowError(f"the label is {label!r}, not {wanted}, as `data.problem_type` or the other rows have it")
-        names = [class_of(part) for part in label] if isinstance(label, list) else [class_of(label)]
+        names = [self._name(part) for part in (label if isinstance(label, list) else [label])]
         for name in names:
             if name not in self.label_ids:
                 raise RowError(f"the label {name!r} is not among the classes: {', '.join(self.settings.labels)}")
         return names
+
+    def _name(self, label: Any) -> str:
+        """The name of a class, or the one at this place."""
+        name = class_of(label)
+        is_place = self.settings.numbered and name.isdigit() and name not in self.label_ids
+        return self.settings.labels[int(name)] if is_place and int(name) < len(self.label_ids) else name
 
     def _label(self, label: Any, names: list[str], target: bool) -> Any:
         if self.problem_type == REGRESSION:
@@ -75,6 +82,11 @@ class Runtime(BaseRuntime):
         if self.problem_type == MULTI:
             return [int(name in names) if target else IGNORE_INDEX for name in self.settings.labels]
         return self.label_ids[names[0]] if target else IGNORE_INDEX
+
+    def view_titles(self, example: Example) -> list[str]:
+        """The label."""
+        label = example.labels if self.problem_type == REGRESSION else ", ".join(example.details["classes"]) or "none"
+        return [f"label: {label}"]
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Sum over the rows that have a label. Logits (B, C); labels as the class says."""

@@ -18,6 +18,11 @@ def has_spans(tags: Sequence[str]) -> bool:
     return all(_SPAN_TAG.fullmatch(tag) for tag in tags) and any(tag != "O" for tag in tags)
 
 
+def inner_tag(tag: str) -> str:
+    """The tag of a word's further tokens: in BIO and BIOES they are inside of what the word begins or is alone."""
+    return f"I-{tag[2:]}" if tag[:2] in ("B-", "S-") else tag
+
+
 def _settle(stated: Encoding, rows: Rows, model_kind: str | None) -> Encoding:
     """The tags that occur, where the recipe names none."""
     labels = stated.labels or labels_of({str(tag) for row in rows for tag in row["tags"]})
@@ -38,9 +43,12 @@ TOKEN_CLS = Task(
     default_metric="f1",
     generates=False,
     uses_chat_template=False,
+    learns_tokens=True,
     has_head=True,
     has_labels=True,
     train_on=(),
+    truncations=("error", "left", "right", "drop", "split"),
+    own_keys=("data.label_all_tokens",),
     runtime_module="peftkit.tasks.token_cls_torch",
     settle=_settle,
     metrics_under=lambda settings: SPAN_METRICS if has_spans(settings.labels) else TAG_METRICS,

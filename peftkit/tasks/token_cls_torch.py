@@ -1,4 +1,4 @@
-"""TOKEN_CLS on tensors: the tag of a word is learned and read at its first token."""
+"""TOKEN_CLS on tensors: the tag of a word is learned at its first token (or at all of them) and read at the first."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.base import IGNORE_INDEX, Batch, Encoding, Example, fit_length
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View, fit_length
 from peftkit.tasks.runtime_torch import BaseRuntime, as_sequences, pad, require_offsets
 from peftkit.tasks.statistics import class_table
-from peftkit.tasks.token_cls import has_spans
+from peftkit.tasks.token_cls import has_spans, inner_tag
 
 _MARKS = "▁Ġ "  # how tokenizers write a space: a token of nothing else belongs to no word
 
@@ -30,12 +31,14 @@ class _Pieces:
         start: special tokens before the words.
         end: where the special tokens after the words begin.
         firsts: position of the first token of every word.
+        words: the word of every token between them.
     """
 
     columns: dict[str, list[int]]
     start: int
     end: int
     firsts: list[int]
+    words: list[int | None]
 
     def window(self, start: int, end: int) -> dict[str, list[int]]:
         """The tokens from `start` to `end` between the special tokens."""
@@ -43,7 +46,7 @@ class _Pieces:
 
 
 class Runtime(BaseRuntime):
-    """See `peftkit.tasks.base.Runtime`; labels are of shape (N, T), IGNORE_INDEX but at the first token of a word.
+    """See `peftkit.tasks.example.Runtime`; labels are of shape (N, T), IGNORE_INDEX but at the first token of a word.
 
     `details["places"]` of an example holds (window, position) of every word that has one.
     """
@@ -53,39 +56,54 @@ class Runtime(BaseRuntime):
         require_offsets(tokenizer, "TOKEN_CLS")
         self.label_ids = {name: number for number, name in enumerate(settings.labels)}
         self.marks_spans = has_spans(settings.labels)
+        self._inner_ids = [self.label_ids.get(inner_tag(name), number) for number, name in enumerate(settings.labels)]
 
-    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> Example | None:
+    def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
         """Token ids, with one label per word; without target as many windows as every word's tag needs."""
         tags = [self._label_id(tag) for tag in row["tags"]] if target else []
         pieces = self._pieces(row["tokens"])
         num_tokens = len(pieces.columns["input_ids"])
         if not target:
-            return self._windows(row["tokens"], pieces, origin)
-        if fit_length(num_tokens, self.settings) is None:
-            return None
-        start, end = self._kept(pieces)
+            return [self._windows(row["tokens"], pieces, origin)]
+        if not fit_length(num_tokens, self.settings):
+            return []
+        examples = [self._part(row, pieces, tags, span, origin) for span in self._kept(pieces)]
+        if not any(examples):
+            raise RowError(f"no word is left to learn ({num_tokens} tokens, max_length {self.settings.max_length})")
+        return [example for example in examples if example is not None]
+
+    def _part(
+        self, row: Mapping[str, Any], pieces: _Pieces, tags: Sequence[int], span: tuple[int, int], origin: str
+    ) -> Example | None:
+        """The tokens from the one place to the other, with the tags of the words that begin there; None where none does."""
+        start, end = span
         shift = pieces.start - start
         places = {word: first + shift for word, first in enumerate(pieces.firsts) if start <= first < end}
         if not places:
-            raise RowError(f"no word is left to learn ({num_tokens} tokens, max_length {self.settings.max_length})")
+            return None
         inputs = pieces.window(start, end)
         labels = [IGNORE_INDEX] * len(inputs["input_ids"])
+        if self.settings.label_all_tokens:
+            for place in range(start, end):
+                word = pieces.words[place - pieces.start]
+                if word in places:
+                    labels[place + shift] = self._inner_ids[tags[word]]
         for word, place in places.items():
             labels[place] = tags[word]
-        classes = [self.settings.labels[tags[word]] for word in places]
         details = {
             "places": [(0, place) for place in places.values()],
             "words": [row["tokens"][word] for word in places],
-            "num_words_cut": len(row["tokens"]) - len(places),
-            "classes": classes,
+            "num_words_cut": len(row["tokens"]) - len(places) if self.settings.truncation != "split" else 0,
+            "classes": [self.settings.labels[tags[word]] for word in places],
         }
-        return Example(inputs, labels, len(places), origin, num_tokens, details=details)
+        num_targets = sum(label != IGNORE_INDEX for label in labels)
+        return Example(inputs, labels, num_targets, origin, len(pieces.columns["input_ids"]), details=details)
 
     def _label_id(self, tag: str | int) -> int:
         """The number of a tag: by its name, or, for numbers where the recipe names the tags, by its place."""
         if str(tag) in self.label_ids:
             return self.label_ids[str(tag)]
-        if isinstance(tag, int) and 0 <= tag < len(self.label_ids):
+        if self.settings.numbered and isinstance(tag, int) and 0 <= tag < len(self.label_ids):
             return tag
         raise RowError(f"the tag {tag!r} is not among the tags: {', '.join(self.settings.labels)}")
 
@@ -112,14 +130,17 @@ class Runtime(BaseRuntime):
         start = next((place for place, flag in enumerate(special) if not flag), len(special))
         end = next((place + 1 for place in reversed(range(start, len(special))) if not special[place]), start)
         tokens = self.tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        owners: list[int | None] = []
         firsts: dict[int, int] = {}
         for place in range(start, end):
             first, last = encoded["offset_mapping"][place]
-            if first < last and not text[last - 1].isspace() and tokens[place].strip(_MARKS):
-                firsts.setdefault(bisect.bisect_right(starts, last - 1) - 1, place)
+            owned = first < last and not text[last - 1].isspace() and tokens[place].strip(_MARKS)
+            owners.append(bisect.bisect_right(starts, last - 1) - 1 if owned else None)
+            if owners[-1] is not None:
+                firsts.setdefault(owners[-1], place)
         columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
         lost = set(range(len(words))) - set(firsts)
-        return _Pieces(columns, start, end, [firsts[word] for word in sorted(firsts)]), lost
+        return _Pieces(columns, start, end, [firsts[word] for word in sorted(firsts)], owners), lost
 
     def _room(self, pieces: _Pieces) -> int:
         """Tokens of words that fit beside the special tokens."""
@@ -129,12 +150,20 @@ class Runtime(BaseRuntime):
             raise RowError(f"max_length {self.settings.max_length} leaves no room beside {num_special} special tokens")
         return room
 
-    def _kept(self, pieces: _Pieces) -> tuple[int, int]:
-        """From where to where tokens are kept under `truncation: left` or `right`."""
+    def _kept(self, pieces: _Pieces) -> list[tuple[int, int]]:
+        """From where to where tokens are kept, for each example that `truncation` makes of the row."""
         room = self._room(pieces)
         if self.settings.truncation == "left":
-            return max(pieces.start, pieces.end - room), pieces.end
-        return pieces.start, min(pieces.end, pieces.start + room)
+            return [(max(pieces.start, pieces.end - room), pieces.end)]
+        if self.settings.truncation != "split":
+            return [(pieces.start, min(pieces.end, pieces.start + room))]
+        spans, start = [], pieces.start
+        while start < pieces.end:
+            # The next part begins with a word, unless one alone has more tokens than there is room for.
+            ends = [first for first in (*pieces.firsts, pieces.end) if start < first <= start + room]
+            spans.append((start, ends[-1] if ends else min(pieces.end, start + room)))
+            start = spans[-1][1]
+        return spans
 
     def _windows(self, words: Sequence[str], pieces: _Pieces, origin: str) -> Example:
         """Windows that cover every word; neighbours share half of their tokens, and a word is read where it is deepest."""
@@ -155,6 +184,12 @@ class Runtime(BaseRuntime):
         details = {"places": places, "words": list(words), "num_words_cut": 0}
         longest = max(map(len, inputs["input_ids"]))
         return Example(inputs, labels, 0, origin, longest, details=details)
+
+    def views(self, example: Example) -> list[View]:
+        """The tokens, and the tags of those that are learned, in order."""
+        (ids,), labels, names = example.sequences, example.labels, self.settings.labels
+        tags = " ".join(names[label] for label in labels if label != IGNORE_INDEX)
+        return [View(f"tags: {tags}", ids, [float(label != IGNORE_INDEX) for label in labels])]
 
     def labels_tensor(self, examples: Sequence[Example]) -> torch.Tensor:
         """Right-padded labels (N, T)."""

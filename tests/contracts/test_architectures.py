@@ -20,7 +20,8 @@ from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.model import Base, load_base_model
 from peftkit.engine.modules import linearised, with_conv1d
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import Encoding, Example
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import Example
 from tests.conftest import bert_like_tokenizer, rows_of, write_jsonl
 from tests.contracts.tiny_models import save_tiny_model
 from tests.runs import run_cli
@@ -146,7 +147,7 @@ def test_an_adapter_answers_a_file_and_merges_where_it_can(run: Run) -> None:
 
 def probes(loaded: LoadedAdapter) -> list[Example]:
     """Four texts of differing length."""
-    encoded = [loaded.runtime.encode(row, "probe", target=False) for row in loaded.runtime.probe_rows()]
+    encoded = [example for row in loaded.runtime.probe_rows() for example in loaded.runtime.encode(row, "probe", target=False)]
     return [example for example in encoded if example is not None]
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from peftkit.engine.model import read_tokenizer
 from peftkit.formats.base import RowError
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import IGNORE_INDEX, Encoding, Example, Runtime
-from peftkit.tasks.causal_lm_torch import default_chat_template
+from peftkit.tasks.chat import default_chat_template
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Example, Runtime
 from tests.conftest import CHATML, tiny_tokenizer, write_jsonl
 
 LLAMA_3 = (
@@ -53,8 +54,7 @@ def runtime_of(tokenizer: Any, **settings: Any) -> Runtime:
 
 
 def encode(tokenizer: Any, row: dict[str, Any], **settings: Any) -> Example:
-    example = runtime_of(tokenizer, **settings).encode(row, "rows:1")
-    assert example is not None
+    (example,) = runtime_of(tokenizer, **settings).encode(row, "rows:1")
     return example
 
 
@@ -96,7 +96,7 @@ def test_a_system_message_is_read_and_not_learned(kind: str) -> None:
 def test_a_prompt_is_rendered_as_the_beginning_of_what_was_trained_on(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     whole = encode(tokenizer, {"messages": [USER, ANSWER]})
-    prompt = runtime_of(tokenizer).encode({"messages": [USER]}, "rows:1", target=False)
+    (prompt,) = runtime_of(tokenizer).encode({"messages": [USER]}, "rows:1", target=False)
     assert prompt is not None
     assert isinstance(whole.labels, list)
     num_before = next(place for place, label in enumerate(whole.labels) if label != IGNORE_INDEX)
@@ -139,7 +139,7 @@ def test_prompt_and_completion_start_with_one_bos_where_the_tokenizer_adds_one()
 
 def test_a_template_that_renders_earlier_turns_differently_is_refused() -> None:
     tokenizer = tiny_tokenizer(FORGETFUL)
-    with pytest.raises(RowError, match=r"assistant turn 2 cannot be told from the rest.*train_on: all"):
+    with pytest.raises(RowError, match=r"turn 2 \(assistant\) cannot be told from the rest.*train_on: all"):
         encode(tokenizer, {"messages": [USER, ANSWER, *MORE]})
     assert learned(tokenizer, encode(tokenizer, {"messages": [USER, ANSWER]})) == "tom has three<|im_end|>"
 
@@ -203,7 +203,7 @@ def lm_batch(models_dir: Any) -> tuple[Runtime, Any, Any]:
     """The runtime, three rows of differing length, and their logits under the tiny Llama."""
     runtime = runtime_of(read_tokenizer(str(models_dir / "llama")))
     rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER, *MORE]}, {"text": "the cat sat on a mat"}]
-    examples = [runtime.encode(row, "rows:1") for row in rows]
+    examples = [example for row in rows for example in runtime.encode(row, "rows:1")]
     batch = runtime.collate([example for example in examples if example is not None])
     return runtime, batch, sum(example.num_targets for example in examples if example is not None)
 

@@ -211,8 +211,7 @@ def certify_copy(folder: Path, copy: Path, change: Callable[[dict[str, torch.Ten
     loaded = load_adapter(folder)
     row = {"text": "the cat sat on a mat", "label": "pos", "prompt": "the cat sat", "completion": "on a mat"}
     keys = ("text", "label") if loaded.task.has_labels else ("prompt", "completion")
-    example = loaded.runtime.encode({key: row[key] for key in keys}, "rows:1")
-    assert example is not None
+    (example,) = loaded.runtime.encode({key: row[key] for key in keys}, "rows:1")
     reference = reference_logits(loaded.model, loaded.runtime, [example])
     shutil.copytree(folder, copy)
     (tensors,) = copy.glob("*.safetensors")
@@ -296,8 +295,7 @@ def test_a_folder_without_weights_and_a_damaged_one_are_found_out(certified: Any
 def test_a_base_that_has_changed_is_found_out(certified: Any, models_dir: Path, tmp_path: Path) -> None:
     folder = certified("CAUSAL_LM", "lora")
     loaded = load_adapter(folder)
-    example = loaded.runtime.encode({"prompt": "the cat", "completion": "sat"}, "rows:1")
-    assert example is not None
+    (example,) = loaded.runtime.encode({"prompt": "the cat", "completion": "sat"}, "rows:1")
     reference = reference_logits(loaded.model, loaded.runtime, [example])
     other = dataclasses.replace(loaded.facts, base=str(changed_base(models_dir / "llama", tmp_path / "other")))
     with pytest.raises(CertificateError, match=r"or the base `.*other` has changed"):

@@ -13,8 +13,8 @@ from transformers import AutoModel
 
 from peftkit.formats.base import RowError
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import Encoding, Runtime
-from peftkit.tasks.encoding import EmbeddingSettings
+from peftkit.tasks.encoding import EmbeddingSettings, Encoding
+from peftkit.tasks.example import Runtime
 from peftkit.tasks.feature_extraction_torch import pooled
 from tests.conftest import bert_like_tokenizer, pair_rows, write_jsonl
 from tests.runs import curve, run_cli, tiny_recipe, train
@@ -29,7 +29,7 @@ def runtime_of(max_length: int = 48, truncation: str = "error", **embedding: Any
 
 
 def batch_of(runtime: Runtime, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return runtime.collate([example for row in rows if (example := runtime.encode(row, "rows:1")) is not None])
+    return runtime.collate([example for row in rows for example in runtime.encode(row, "rows:1")])
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,13 @@ def test_joined_labels_count_the_rows_on() -> None:
 
 def test_a_row_without_targets_has_no_loss() -> None:
     runtime = runtime_of()
-    example = runtime.encode(PAIR, "rows:1")
-    assert example is not None
+    (example,) = runtime.encode(PAIR, "rows:1")
     labels = runtime.collate([example.without_targets()])["labels"]
     assert float(runtime.loss_sum(VECTORS[:2], labels)) == 0.0
 
 
 def test_long_texts_are_cut_each_for_itself() -> None:
-    example = runtime_of(5, "right").encode({"anchor": "cat", "positive": "seven small dogs ran home"}, "rows:1")
-    assert example is not None
+    (example,) = runtime_of(5, "right").encode({"anchor": "cat", "positive": "seven small dogs ran home"}, "rows:1")
     assert [len(ids) for ids in example.inputs["input_ids"]][1] == 5
     assert example.num_tokens > 5
 

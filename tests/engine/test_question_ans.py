@@ -13,8 +13,8 @@ from transformers import AutoModelForQuestionAnswering
 
 from peftkit.formats.base import RowError
 from peftkit.tasks import TASKS, squad
-from peftkit.tasks.base import IGNORE_INDEX, Encoding, Example, Runtime
-from peftkit.tasks.encoding import SpanSettings
+from peftkit.tasks.encoding import Encoding, SpanSettings
+from peftkit.tasks.example import IGNORE_INDEX, Example, Runtime
 from tests.conftest import bert_like_tokenizer, question_rows, tiny_tokenizer, write_jsonl
 from tests.runs import curve, run_cli, tiny_recipe, train
 
@@ -33,8 +33,7 @@ def runtime_of(tokenizer: Any = None, max_length: int = 40, **span: Any) -> Runt
 
 
 def encoded(runtime: Runtime, row: dict[str, Any] = ROW, *, target: bool = True) -> Example:
-    example = runtime.encode(row, "rows:1", target=target)
-    assert example is not None
+    (example,) = runtime.encode(row, "rows:1", target=target)
     return example
 
 

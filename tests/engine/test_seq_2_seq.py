@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM
 
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import IGNORE_INDEX, Encoding, Runtime, TooLong
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Runtime, TooLong
 from tests.conftest import tiny_tokenizer
 
 ROWS = [{"prompt": "the cat sat", "completion": "on a mat"}, {"prompt": "two red birds", "completion": "saw seven small dogs"}]
@@ -26,13 +27,12 @@ def runtime_of(**settings: Any) -> Runtime:
 
 
 def batch_of(runtime: Runtime, rows: list[dict[str, str]]) -> Any:
-    return runtime.collate([example for row in rows if (example := runtime.encode(row, "rows:1")) is not None])
+    return runtime.collate([example for row in rows for example in runtime.encode(row, "rows:1")])
 
 
 def test_the_encoder_reads_the_prompt_and_the_completion_with_its_end_is_learned() -> None:
     runtime = runtime_of()
-    example = runtime.encode(ROWS[0], "rows:1")
-    assert example is not None
+    (example,) = runtime.encode(ROWS[0], "rows:1")
     assert runtime.tokenizer.decode(example.inputs["input_ids"]) == "the cat sat</s>"
     assert runtime.tokenizer.decode(example.labels) == "on a mat</s>"
     assert example.num_targets == len(runtime.tokenizer("on a mat")["input_ids"])
@@ -40,8 +40,7 @@ def test_the_encoder_reads_the_prompt_and_the_completion_with_its_end_is_learned
 
 def test_an_end_token_is_learned_where_the_tokenizer_adds_none() -> None:
     runtime = TASKS["SEQ_2_SEQ_LM"].runtime(tiny_tokenizer(None), Encoding(max_length=64))
-    example = runtime.encode(ROWS[0], "rows:1")
-    assert example is not None
+    (example,) = runtime.encode(ROWS[0], "rows:1")
     assert runtime.tokenizer.decode(example.labels) == "on a mat</s>"
 
 
@@ -74,8 +73,7 @@ def test_conversations_are_flattened_without_a_template() -> None:
         {"role": "assistant", "content": "sat"},
         {"role": "user", "content": "and"},
     ]
-    example = runtime.encode({"messages": [*turns, {"role": "assistant", "content": "ran"}]}, "rows:1")
-    assert example is not None
+    (example,) = runtime.encode({"messages": [*turns, {"role": "assistant", "content": "ran"}]}, "rows:1")
     assert runtime.tokenizer.decode(example.inputs["input_ids"]) == "the cat\nsat\nand</s>"
     assert runtime.tokenizer.decode(example.labels) == "ran</s>"
 
@@ -84,22 +82,24 @@ def test_conversations_are_flattened_without_a_template() -> None:
 def test_either_side_may_be_too_long(row: dict[str, str]) -> None:
     with pytest.raises(TooLong):
         runtime_of(max_length=5).encode(row, "rows:1")
-    assert runtime_of(max_length=5, truncation="drop").encode(row, "rows:1") is None
+    assert runtime_of(max_length=5, truncation="drop").encode(row, "rows:1") == []
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_cut_text_keeps_the_side_that_is_not_named(side: str) -> None:
+def test_a_cut_text_keeps_the_side_that_is_not_named_and_its_end_token(side: str) -> None:
     runtime = runtime_of(max_length=4, truncation=side)
-    example = runtime.encode(ROWS[1], "rows:1")
+    (example,) = runtime.encode(ROWS[1], "rows:1")
     whole = [runtime.tokenizer(ROWS[1][name])["input_ids"] for name in ("prompt", "completion")]
-    cut = slice(-4, None) if side == "left" else slice(4)
-    assert example is not None
-    assert [example.inputs["input_ids"], example.labels] == [ids[cut] for ids in whole]
+    cut = [ids[-4:] if side == "left" else [*ids[:3], ids[-1]] for ids in whole]
+    assert [example.inputs["input_ids"], example.labels] == cut
     assert example.num_targets == 4
 
 
 def test_loss_perplexity_and_token_accuracy_are_per_target() -> None:
-    results = [{"loss_sum": 3.0, "num_targets": 2, "num_correct": 1}, {"loss_sum": 1.0, "num_targets": 6, "num_correct": 6}]
+    results = [
+        {"loss_sum": 3.0, "num_targets": 2, "num_tokens": 2, "num_correct": 1},
+        {"loss_sum": 1.0, "num_targets": 6, "num_tokens": 6, "num_correct": 6},
+    ]
     assert runtime_of().summarise(results) == {"loss": 0.5, "perplexity": math.exp(0.5), "token_accuracy": 7 / 8}
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from peftkit.formats.base import RowError
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import IGNORE_INDEX, Encoding, Runtime
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Runtime
 from tests.conftest import tiny_tokenizer, write_jsonl
 from tests.runs import run_cli, tiny_recipe, train
 
@@ -68,8 +69,7 @@ def test_one_class_alone_is_refused(cli: Any, write_recipe: Any, cls_recipe: Any
 
 def test_a_pair_of_texts_has_token_types() -> None:
     runtime = runtime_of()
-    example = runtime.encode({"text": "the cat", "text_pair": "two birds", "label": "pos"}, "rows:1")
-    assert example is not None
+    (example,) = runtime.encode({"text": "the cat", "text_pair": "two birds", "label": "pos"}, "rows:1")
     first, second = (len(runtime.tokenizer(text)["input_ids"]) for text in ("the cat", "two birds"))
     assert example.inputs["token_type_ids"] == [0] * first + [1] * second
     assert example.labels == 1
@@ -78,7 +78,7 @@ def test_a_pair_of_texts_has_token_types() -> None:
 def test_token_types_reach_the_model(models_dir: Path) -> None:
     runtime = runtime_of()
     rows = [{"text": "the cat", "text_pair": "two birds", "label": "pos"}, {"text": "the cat sat on a mat", "label": "neg"}]
-    batch = runtime.collate([example for row in rows if (example := runtime.encode(row, "rows:1")) is not None])
+    batch = runtime.collate([example for row in rows for example in runtime.encode(row, "rows:1")])
     model = AutoModelForSequenceClassification.from_pretrained(models_dir / "bert", num_labels=2).eval()
     theirs = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}).logits
     assert torch.equal(runtime.forward(model, batch), theirs)
@@ -89,9 +89,8 @@ def test_token_types_reach_the_model(models_dir: Path) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_long_texts_are_cut_at_the_side_that_is_named(side: str) -> None:
     runtime = runtime_of(max_length=3, truncation=side)
-    example = runtime.encode({"text": "the cat sat on a mat", "label": "pos"}, "rows:1")
+    (example,) = runtime.encode({"text": "the cat sat on a mat", "label": "pos"}, "rows:1")
     whole = runtime.tokenizer("the cat sat on a mat")["input_ids"]
-    assert example is not None
     assert example.inputs["input_ids"] == (whole[-3:] if side == "left" else whole[:3])
     assert example.num_tokens == len(whole)
 
@@ -163,12 +162,31 @@ def settled(labels: list[Any], **stated: Any) -> Encoding:
         ([["b"], [], ["a", "b"]], "multi_label_classification", ("a", "b")),
         ([0.5, 1], "regression", ()),
         (["0.5", "1"], "regression", ()),  # CSV
-        (["0.5", "x"], "single_label_classification", ("0.5", "x")),
+        (["b", "a", ["b"]], "single_label_classification", None),  # the odd row is named when it is encoded
     ],
 )
-def test_the_labels_decide_on_the_problem(labels: list[Any], kind: str, names: tuple[str, ...]) -> None:
+def test_the_labels_decide_on_the_problem(labels: list[Any], kind: str, names: tuple[str, ...] | None) -> None:
     found = settled(labels)
+    if names is None:
+        assert found.problem_type == kind
+        return
     assert (found.problem_type, found.labels, found.num_outputs) == (kind, names, len(names) or 1)
+
+
+def test_fractions_and_names_are_not_taken_for_classes_in_silence() -> None:
+    with pytest.raises(RowError, match=r"numbers with fractions, such as '0.5', and some no numbers, such as 'x'"):
+        settled(["0.5", "x", "1"])
+    assert settled(["0.5", "x"], problem_type="single_label_classification").labels == ("0.5", "x")
+
+
+def test_a_whole_number_is_a_place_among_the_names_of_the_recipe() -> None:
+    names = {"labels": ("bad", "good"), "problem_type": "single_label_classification"}
+    row = {"text": "the cat", "label": 1}
+    (example,) = runtime_of(numbered=True, **names).encode(row, "rows:1")
+    assert (example.labels, example.details) == (1, {"classes": ["good"]})
+    for settings in ({"numbered": False}, {"numbered": True, "labels": ("bad",)}):
+        with pytest.raises(RowError, match="the label '1' is not among the classes"):
+            runtime_of(**names | settings).encode(row, "rows:1")
 
 
 def test_the_recipe_decides_where_it_names_the_problem() -> None:
@@ -197,8 +215,7 @@ def test_numbers_are_learned_by_their_squared_error() -> None:
 @pytest.mark.parametrize("settings", [{}, MULTI, NUMBER], ids=["class", "set", "number"])
 def test_a_row_without_targets_has_no_loss(settings: dict[str, Any]) -> None:
     runtime = runtime_of(**settings)
-    example = runtime.encode(runtime.probe_rows()[0], "probe")
-    assert example is not None
+    (example,) = runtime.encode(runtime.probe_rows()[0], "probe")
     batch = runtime.collate([example, example.without_targets()])
     logits = torch.rand(2, max(1, len(runtime.settings.labels)))
     assert float(runtime.loss_sum(logits, batch["labels"])) == pytest.approx(
@@ -208,7 +225,7 @@ def test_a_row_without_targets_has_no_loss(settings: dict[str, Any]) -> None:
 
 def test_classes_from_a_half_on_are_predicted() -> None:
     runtime = runtime_of(**MULTI)
-    examples = [example for row in texts([["a"]]) if (example := runtime.encode(row, "rows:1")) is not None]
+    examples = [example for row in texts([["a"]]) for example in runtime.encode(row, "rows:1")]
     (result,) = runtime.score(torch.tensor([[0.0, -0.1, 3.0]]), runtime.collate(examples), examples)
     assert (result["label"], result["prediction"]) == (["a"], ["a", "c"])
     assert result["probabilities"]["c"] == pytest.approx(0.952574)

@@ -10,7 +10,7 @@ import pytest
 
 from peftkit.formats.base import RowError
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import Encoding
+from peftkit.tasks.encoding import Encoding
 from tests.conftest import bert_like_tokenizer, rows_of, write_jsonl
 from tests.runs import run_cli, tiny_recipe, train
 
@@ -40,7 +40,7 @@ def test_every_sequence_of_a_row_carries_its_task(task: str) -> None:
     settings = Encoding(40, "right", labels=("B-X", "O") if task == "TOKEN_CLS" else ("neg", "pos"), task_names=("glad", "sad"))
     runtime = TASKS[task].runtime(bert_like_tokenizer(), settings)
     row, *_ = runtime.probe_rows()
-    examples = [runtime.encode(row | {"task_id": name}, "rows:1") for name in ("sad", "glad")]
+    examples = [example for name in ("sad", "glad") for example in runtime.encode(row | {"task_id": name}, "rows:1")]
     batch = runtime.collate([example for example in examples if example is not None])
     assert [example.task_id for example in examples if example is not None] == [1, 0]
     half = batch["input_ids"].shape[0] // 2
@@ -99,7 +99,8 @@ def test_the_option_has_no_effect_for_other_adapters(models_dir: Path, tmp_path:
 def encode_row(task_names: tuple[str, ...], task_id: str | None) -> Any:
     """A row with this task, for an adapter that knows those."""
     runtime = TASKS["SEQ_CLS"].runtime(bert_like_tokenizer(), Encoding(40, labels=("neg", "pos"), task_names=task_names))
-    return runtime.encode({"text": "good", "label": "pos", "task_id": task_id}, "rows:1")
+    (example,) = runtime.encode({"text": "good", "label": "pos", "task_id": task_id}, "rows:1")
+    return example
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from peftkit.errors import LoadError
 from peftkit.formats.base import RowError
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import IGNORE_INDEX, Encoding, Example, Runtime, TooLong
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import IGNORE_INDEX, Example, Runtime, TooLong
 from peftkit.tasks.token_cls import has_spans
 from tests.conftest import bert_like_tokenizer, tag_rows, tiny_tokenizer, write_jsonl
 from tests.runs import curve, run_cli, tiny_recipe, train
@@ -30,8 +31,7 @@ def runtime_of(tokenizer: Any = None, labels: tuple[str, ...] = TAGS, **settings
 
 
 def encoded(runtime: Runtime, row: dict[str, Any], *, target: bool = True) -> Example:
-    example = runtime.encode(row, "rows:1", target=target)
-    assert example is not None
+    (example,) = runtime.encode(row, "rows:1", target=target)
     return example
 
 
@@ -169,10 +169,13 @@ def test_spans_are_given_with_their_words() -> None:
 
 
 def test_numbers_stand_for_the_tags_that_the_recipe_names() -> None:
-    example = encoded(runtime_of(labels=("O", "B-WHO", "I-WHO")), {"tokens": ["cat", "sat"], "tags": [1, 0]})
+    runtime = runtime_of(labels=("O", "B-WHO", "I-WHO"), numbered=True)
+    example = encoded(runtime, {"tokens": ["cat", "sat"], "tags": [1, 0]})
     assert example.details["classes"] == ["B-WHO", "O"]
     with pytest.raises(RowError, match="the tag 3 is not among the tags: O, B-WHO, I-WHO"):
-        runtime_of(labels=("O", "B-WHO", "I-WHO")).encode({"tokens": ["cat"], "tags": [3]}, "rows:1")
+        runtime.encode({"tokens": ["cat"], "tags": [3]}, "rows:1")
+    with pytest.raises(RowError, match="the tag 1 is not among the tags"):
+        runtime_of(labels=("O", "B-WHO", "I-WHO")).encode({"tokens": ["cat"], "tags": [1]}, "rows:1")
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

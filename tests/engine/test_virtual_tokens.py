@@ -50,7 +50,7 @@ def encoded(loaded: Any) -> list[Any]:
     """The prompts of TEXTS, of both tasks where there are tasks."""
     names = loaded.runtime.settings.task_names
     rows = [{"prompt": text} | ({"task_id": names[index % 2]} if names else {}) for index, text in enumerate(TEXTS)]
-    return [loaded.prompts.encode(row, "test", target=False) for row in rows]
+    return [example for row in rows for example in loaded.prompts.encode(row, "test", target=False)]
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_logits_of_a_row_do_not_depend_on_its_batch(adapter: Any, method: str) -
     loaded = adapter(method, "llama")
     names = loaded.runtime.settings.task_names
     more = {"completion": "cat"} | ({"task_id": names[0]} if names else {})
-    examples = [loaded.runtime.encode({"prompt": text} | more, "t") for text in TEXTS]
+    examples = [example for text in TEXTS for example in loaded.runtime.encode({"prompt": text} | more, "t")]
     with torch.no_grad():
         together = loaded.runtime.forward(loaded.model, loaded.runtime.collate(examples))
         for number, example in enumerate(examples):
