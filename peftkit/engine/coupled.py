@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 
 
-def coupled_backward(trainer: Trainer, batches: list[Batch], num_targets: int) -> torch.Tensor:
+def coupled_backward(trainer: Trainer, batches: list[Batch], num_targets: float) -> torch.Tensor:
     """This process's share of the step's mean loss; gradients are left in the parameters.
 
     Args:
@@ -48,7 +48,7 @@ def coupled_backward(trainer: Trainer, batches: list[Batch], num_targets: int) -
 
 
 def _loss_and_gradient(
-    trainer: Trainer, vectors: torch.Tensor, labels: torch.Tensor, num_targets: int
+    trainer: Trainer, vectors: torch.Tensor, labels: torch.Tensor, num_targets: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole step's mean loss, and its gradient by this process's vectors (N, D)."""
     runtime, world = trainer.runtime, trainer.accelerator.num_processes

@@ -20,17 +20,20 @@ from torch import nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from peftkit.engine.adapter import trained_parameters
+from peftkit.engine.batches import join, layout_of
 from peftkit.engine.checkpoint import Progress, list_checkpoints, load_best, load_checkpoint, save_best, save_checkpoint
 from peftkit.engine.coupled import coupled_backward
-from peftkit.engine.data import Data, micro_batches, step_rows
+from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
 from peftkit.engine.hardware import peak_memory_bytes
 from peftkit.engine.hooks import ExtraState, hook
 from peftkit.engine.optim import build_optimizer, build_scheduler
+from peftkit.engine.packing import for_model, prove_packing, way_of
 from peftkit.errors import NonFiniteError, Stopped
 from peftkit.plan import Plan, num_steps, steps_per_epoch
+from peftkit.recipe.packing import Way
 from peftkit.run import Run
-from peftkit.tasks.base import Runtime
+from peftkit.tasks.example import Example, Runtime
 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
 
@@ -82,12 +85,17 @@ class Trainer:
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.total_steps = num_steps(self.plan, len(self.data.train)) if trained_parameters(self.model) else 0
-        self.per_epoch = steps_per_epoch(self.plan, len(self.data.train))
+        self.total_steps = num_steps(self.plan, self.data.train.num_rows) if trained_parameters(self.model) else 0
+        self.per_epoch = steps_per_epoch(self.plan, self.data.train.num_rows)
+        self.layout = layout_of(self.plan, self.data.encoding.max_length)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(self.model, self.plan)
         self.scheduler = build_scheduler(optimizer, self.plan, self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.packing_way: Way | None = None
+        if self.layout.pack_length is not None:
+            self.packing_way = way_of(self.model)
+            prove_packing(self.model, [row.inputs["input_ids"] for row in self.data.sample[:3]], self.runtime.forward)
         self.parts: dict[str, Any] = {"optimizer": self.optimizer, "scheduler": self.scheduler}
         if hook(self.plan.method, "extra_state"):
             self.parts["adapter"] = ExtraState(self.plan.method, self.model)
@@ -118,7 +126,7 @@ class Trainer:
         """
         self._resume()
         training = self.plan.recipe.training
-        if training.eval_on_start and self.progress.step == 0 and "validation" in self.data.splits:
+        if training.eval_on_start and self.progress.step == 0 and "validation" in self.data.held_out:
             self._evaluate_and_compare()
         self.reporter.start(self.total_steps, self.progress.step)
         try:
@@ -144,15 +152,14 @@ class Trainer:
     def _one_step(self) -> None:
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        rows = step_rows(
-            len(self.data.train), self.plan.recipe.training.batch_size, self.plan.recipe.training.seed, self.progress.step
-        )
-        num_targets = sum(self.data.train[row].num_targets for row in rows)
+        training = self.plan.recipe.training
+        rows = self.data.train.step(self.progress.step, training.batch_size, training.seed)
+        num_targets = sum(row.num_targets for row in rows)
         loss = self._forward_backward(rows, num_targets)
         grad_norm = self._update(rows)
         progress = self.progress
         progress.step += 1
-        progress.target_tokens += num_targets
+        progress.target_tokens += sum(row.num_target_tokens for row in rows)
         progress.seconds += time.perf_counter() - started
         progress.loss_sum += loss * num_targets
         progress.loss_targets += num_targets
@@ -160,14 +167,14 @@ class Trainer:
         self._log(learning_rate, grad_norm)
         self._after_step()
 
-    def _forward_backward(self, rows: list[int], num_targets: int) -> float:
+    def _forward_backward(self, rows: list[Example], num_targets: float) -> float:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
         accelerator = self.accelerator
-        chunks = micro_batches(rows, self.plan.micro_batch_size, accelerator.num_processes, accelerator.process_index)
+        chunks = self._chunks(rows)
         if self.runtime.couples_rows and (len(chunks) > 1 or accelerator.num_processes > 1):
-            losses = [coupled_backward(self, [self._batch(chunk, rows) for chunk in chunks], num_targets)]
+            losses = [coupled_backward(self, [self._batch(chunk) for chunk in chunks], num_targets)]
         else:
-            losses = self._separate_losses(chunks, rows, num_targets)
+            losses = self._separate_losses(chunks, num_targets)
         total = accelerator.reduce(torch.stack(losses).sum(), reduction="sum")
         if not torch.isfinite(total):
             each = zip(chunks, losses, strict=True) if len(losses) == len(chunks) else []
@@ -175,13 +182,23 @@ class Trainer:
             self._fail("the loss", total.item(), [row for chunk in bad for row in chunk] or rows)
         return total.item()
 
-    def _separate_losses(self, chunks: list[list[int]], rows: list[int], num_targets: int) -> list[torch.Tensor]:
+    def _chunks(self, rows: list[Example]) -> list[list[Example]]:
+        """This process's micro-batches; where rows are packed, each of their examples is a pack."""
+        accelerator, lengths = self.accelerator, [row.length for row in rows]
+        passes = self.layout.passes(lengths, accelerator.num_processes, accelerator.process_index)
+        # More processes than rows are left: take part in the backward pass with a loss of zero.
+        idle = [rows[0].without_targets()]
+        packs = self.layout.pack_length is not None
+        chosen = [[[rows[place] for place in places] for places in sequences] or [idle] for sequences in passes]
+        return [[join(pack) if packs else pack[0] for pack in chunk] for chunk in chosen]
+
+    def _separate_losses(self, chunks: list[list[Example]], num_targets: float) -> list[torch.Tensor]:
         """Each micro-batch's share of the loss, with its gradient; a method's own terms are trained on but not reported."""
         accelerator, losses = self.accelerator, []
         for number, chunk in enumerate(chunks):
             last = number == len(chunks) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                batch = self._batch(chunk, rows)
+                batch = self._batch(chunk)
                 outputs = self.runtime.forward(self.wrapped, batch)
                 loss = self.loss_sum(outputs, batch["labels"]) / num_targets
                 trained_on = loss + self._method_terms(batch, num_targets, last=last)
@@ -194,7 +211,7 @@ class Trainer:
         """The task's loss, with the recipe's label smoothing, summed over the targets."""
         return self.runtime.loss_sum(outputs, labels, self.plan.recipe.training.label_smoothing_factor)
 
-    def _method_terms(self, batch: dict[str, torch.Tensor], num_targets: int, *, last: bool) -> torch.Tensor | float:
+    def _method_terms(self, batch: dict[str, torch.Tensor], num_targets: float, *, last: bool) -> torch.Tensor | float:
         """Terms that the adapter method adds to the loss (AdaLoRA's orthogonality, Shadow's own loss)."""
         terms: torch.Tensor | float = 0.0
         if batch_penalty := hook(self.plan.method, "batch_penalty"):
@@ -203,14 +220,12 @@ class Trainer:
             terms = terms + penalty(self.model) / self.accelerator.num_processes
         return terms
 
-    def _batch(self, chunk: list[int], rows: list[int]) -> dict[str, torch.Tensor]:
-        """A micro-batch on the device."""
-        examples = [self.data.train[row] for row in chunk]
-        if not examples:  # more processes than rows are left: take part in the backward pass with a loss of zero
-            examples = [self.data.train[rows[0]].without_targets()]
-        return {name: tensor.to(self.accelerator.device) for name, tensor in self.runtime.collate(examples).items()}
+    def _batch(self, chunk: list[Example]) -> dict[str, torch.Tensor]:
+        """A micro-batch on the device, packed rows in the form that the model takes."""
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in self.runtime.collate(chunk).items()}
+        return batch if self.packing_way is None else for_model(batch, self.model, self.packing_way)
 
-    def _update(self, rows: list[int]) -> float:
+    def _update(self, rows: list[Example]) -> float:
         """Clip, check, step; returns the gradient norm before clipping."""
         limit = self.plan.recipe.training.max_grad_norm
         grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, limit if limit is not None else math.inf))
@@ -231,10 +246,10 @@ class Trainer:
             self._fail("a weight", math.nan, rows)
         return grad_norm
 
-    def _fail(self, what: str, value: float, rows: list[int]) -> None:
+    def _fail(self, what: str, value: float, rows: list[Example]) -> None:
         """Stop the run: a non-finite number never reaches a checkpoint or an adapter."""
         step = self.progress.step + 1
-        names = "\n  ".join(self.data.train[row].origin for row in rows[:16])
+        names = "\n  ".join(row.origin for row in rows[:16])
         checkpoints = list_checkpoints(self.run)
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint before it"
         raise NonFiniteError(
@@ -276,7 +291,7 @@ class Trainer:
     def _after_step(self) -> None:
         training, step = self.plan.recipe.training, self.progress.step
         ends = step == self.total_steps or step % self.per_epoch == 0
-        if "validation" in self.data.splits:
+        if "validation" in self.data.held_out:
             due = step % training.eval_steps == 0 if training.eval_steps else ends
             if due or step == self.total_steps:
                 self._evaluate_and_compare()
@@ -295,7 +310,7 @@ class Trainer:
         results = score_examples(
             self.wrapped,
             self.runtime,
-            self.data.splits[split][: settings.max_rows],
+            self.data.held_out[split][: settings.max_rows],
             batch_size=settings.batch_size,
             device=self.accelerator.device,
         )

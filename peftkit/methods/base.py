@@ -47,6 +47,8 @@ class Method:
         not_mergeable: why it can never be merged into the base model; empty where it can.
         not_mergeable_with: reason why this section (or PEFT config: the fields are the same) in particular cannot be merged, or
             an empty string.
+        not_packable_with: reason why packed rows would see each other under this section in particular, or an empty string;
+            `why_not_packed` adds what follows from other facts.
         several_adapters: whether one base model can hold several of its adapters.
         mixed_batches: whether the rows of one batch can use different adapters.
         changes_base: whether the initialisation of this section changes base weights.
@@ -102,6 +104,7 @@ class Method:
     why_not_quantized: str = ""
     not_mergeable: str = ""
     not_mergeable_with: Callable[[Any], str] = lambda section: ""
+    not_packable_with: Callable[[Any], str] = lambda section: ""
     several_adapters: bool = True
     mixed_batches: bool = False
     changes_base: Callable[[Any], bool] = lambda section: False
@@ -141,6 +144,16 @@ class Method:
     def learning_rate_for(self, task: str) -> tuple[float, str]:
         """The default learning rate for a task, and its source."""
         return self.task_learning_rates.get(task, (self.learning_rate, self.learning_rate_source))
+
+    def why_not_packed(self, section: Section) -> str:
+        """Why rows laid end to end in one sequence would not be trained as they are alone; empty where they are."""
+        if self.virtual_tokens_in:
+            return "its virtual tokens come once for a sequence, in front of the first row alone"
+        if self.num_tasks_field:
+            return "every row names its task, and a sequence can have one only"
+        if self.rows_interact:
+            return "what it does to a token depends on all tokens of the batch"
+        return self.not_packable_with(section)
 
     def peft_fields(self, section: Section) -> dict[str, Any]:
         """The keyword arguments for the PEFT config class, plain values only."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peftkit.errors import Problem, RecipeError
-from peftkit.tasks.base import IGNORE_INDEX
+from peftkit.tasks.example import IGNORE_INDEX
 
 _INPUT, _ANSWER, _KINDS = 2, 4, 4  # token types of Tsachor et al. 2024 (arXiv:2410.17222): input and label; each example adds 4
 

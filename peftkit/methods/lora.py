@@ -234,6 +234,12 @@ def _not_mergeable_with(section: LoraSection) -> str:
     return ""
 
 
+def _not_packable_with(section: LoraSection) -> str:
+    if section.alora_invocation_tokens is not None or section.alora_invocation_text is not None:
+        return "an activated LoRA acts after the last invocation tokens of a sequence, whichever row they are in"
+    return ""
+
+
 def _changes_base(section: LoraSection) -> bool:
     return str(section.init_lora_weights).startswith(("pissa", "olora", "corda", "lora_ga"))
 
@@ -275,6 +281,7 @@ LORA = Method(
     fits=_fits,
     runtime_module="peftkit.methods.lora_torch",
     not_mergeable_with=_not_mergeable_with,
+    not_packable_with=_not_packable_with,
     needs_cuda=lambda section: "init_lora_weights" if section.init_lora_weights == "loftq" else "",
     trains_nothing=lambda section: section.arrow_config is not None,
     tasks_with=lambda section: WITHOUT_HEAD if section.arrow_config is not None else EVERY_TASK,

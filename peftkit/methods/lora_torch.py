@@ -17,7 +17,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.monteclora import MontecloraSampler
 
 from peftkit.errors import DataError, Problem, RecipeError
-from peftkit.tasks.base import IGNORE_INDEX
+from peftkit.tasks.example import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 _EXPERTS = "experts"

@@ -89,7 +89,7 @@ def test_the_initial_adapter_does_not_depend_on_what_was_drawn_before(models_dir
     from peftkit.engine.model import base_of, load_base_model
     from peftkit.plan import make_plan
     from peftkit.recipe import load_recipe
-    from peftkit.tasks.base import Encoding
+    from peftkit.tasks.encoding import Encoding
 
     plan = make_plan(load_recipe(tiny_recipe("CAUSAL_LM", models_dir, tmp_path)), detect_hardware())
     context = Context(plan, runtime=plan.task.runtime(None, Encoding(max_length=8)))
