@@ -103,6 +103,28 @@ def params(
 
 
 @app.command()
+def data(
+    recipe: RecipePath,
+    rows: Annotated[int, typer.Option(min=0, help="Training examples to show.")] = 3,
+    row: Annotated[int | None, typer.Option(help="Show this training example instead, counted from 1.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the lengths into NAME-lengths.png (needs matplotlib).")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as the model will see them, what is learned of them, and what is wrong with them."""
+    from peftkit import console
+    from peftkit.recipe import load_recipe
+
+    with console.problems_as_json(as_json):
+        loaded = load_recipe(recipe, overrides or [])
+        from peftkit.commands import data as command
+
+        with loaded.located():
+            result = command.data(loaded, rows, row, plot)
+    console.print_json(result) if as_json else command.print_data(result)
+
+
+@app.command()
 def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     recipe: RecipePath,
     output: Annotated[Path | None, typer.Option(help="Run directory; default: a new one in output.dir.")] = None,

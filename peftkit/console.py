@@ -69,6 +69,27 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any
     out.print(table)
 
 
+def print_bars(title: str, bars: Sequence[tuple[str, int]]) -> None:
+    """A histogram of bars."""
+    print_text(title)
+    highest, width = max((count for _, count in bars), default=0), max((len(name) for name, _ in bars), default=0)
+    for name, count in bars:
+        length = round(40 * count / highest) if highest else 0
+        print_text(f"  {name:>{width}} {'#' * length}{' ' if length else ''}{count:,}")
+
+
+_STYLES = {"learned": "bold green", "special": "dim cyan", "plain": ""}
+
+
+def print_tokens(title: str, parts: Iterable[tuple[str, str]]) -> None:
+    """A text in pieces, each of a kind; what is learned is coloured and, where there are no colours, between « and »."""
+    text = Text(f"{title}\n" if title else "")
+    for kind, part in parts:
+        marked = f"«{part}»" if kind == "learned" and not out.is_terminal else part
+        text.append(marked, style=_STYLES[kind])
+    out.print(text)
+
+
 def print_error(title: str, text: str) -> None:
     """An error: a panel on a terminal, plain lines elsewhere."""
     if err.is_terminal:
@@ -201,12 +222,12 @@ def metrics_text(metrics: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def progress(total: int, text: str) -> Iterator[Callable[[int], None]]:
+def progress(total: int | None, text: str) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, one line at the end elsewhere; yields a function that advances it."""
     if not err.is_terminal:
         yield lambda done: None
         return
-    with _bar(text, "{task.completed}/{task.total}") as bar:
+    with _bar(text, "{task.completed}/{task.total}" if total is not None else "{task.completed}") as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.advance(task, done)
 

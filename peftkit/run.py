@@ -164,6 +164,11 @@ class Run:
         return self.dir / "metrics.jsonl"
 
     @property
+    def data_report_path(self) -> Path:
+        """What the audit found of the rows, one JSON object a line."""
+        return self.dir / "data_report.jsonl"
+
+    @property
     def log_path(self) -> Path:
         """What was printed, and tracebacks of bugs."""
         return self.dir / "train.log"
@@ -183,6 +188,14 @@ class Run:
         folder = self.dir / "evaluations"
         return folder / f"{split}.json", folder / f"{split}.predictions.jsonl"
 
+    @property
+    def template_date(self) -> str | None:
+        """The day (ISO) that the run's chat template writes, if it writes one."""
+        if not self.environment_path.is_file():
+            return None
+        date: str | None = json.loads(self.environment_path.read_text(encoding="utf-8")).get("template_date")
+        return date
+
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace status.json; times are seconds since the epoch."""
         write_json(self.status_path, {"state": state, "time": round(time.time(), 3), "pid": os.getpid()} | facts)
@@ -197,6 +210,12 @@ class Run:
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl; NaN is written as NaN, never hidden."""
         with self.metrics_path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def append_data_report(self, where: str, why: str) -> None:
+        """Add a training row that was left out while it was streamed."""
+        line = {"split": "train", "kind": "bad_row", "row": where, "reason": why}
+        with self.data_report_path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
 
     def read_metrics_at(self, step: int) -> dict[str, dict[str, float]]:
@@ -281,7 +300,11 @@ _RecipeDumper.add_representer(str, _represent_text)
 
 
 def _make_absolute(data: dict[str, Any], recipe_dir: Path) -> None:
-    sources = [part for part in (data["data"] or {}).values() if isinstance(part, dict) and "path" in part]
+    rows = data["data"] or {}
+    splits = {name: rows[name] for name in ("train", "validation", "test") if isinstance(rows.get(name), list)}
+    # A single source is written as the section that it is.
+    rows |= {name: sources[0] for name, sources in splits.items() if len(sources) == 1}
+    sources = [source for sources in splits.values() for source in sources]
     names = [(data["model"], key) for key in ("name_or_path", "tokenizer_name_or_path", "chat_template")]
     for section, key in [*names, *((source, "path") for source in sources)]:
         if section[key] is not None and (path := absolute_path(section[key], recipe_dir)) is not None:

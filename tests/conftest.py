@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from peftkit.tasks import TASKS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_HOME = tempfile.TemporaryDirectory(prefix="peftkit-tests-")  # tokenised rows are kept there
+os.environ["HF_HOME"] = _HOME.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _SENTENCES = """

@@ -19,6 +19,7 @@ MODULES = sorted((ROOT / "peftkit").rglob("*.py"))
 ORDER = (
     "errors",
     "section",
+    "table",
     "formats",
     "tasks",
     "methods",

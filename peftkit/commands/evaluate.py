@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from peftkit import console
-from peftkit.engine.data import choose_format, encode_rows, split_rows, to_canonical
+from peftkit.engine.audit import BadRows, identities
+from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import evaluation_lines, score_examples, write_evaluation
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
-from peftkit.engine.sources import Numbered, read_rows
+from peftkit.engine.prepare import split_rows
+from peftkit.engine.rows import OpenedSplit, RowReader
 from peftkit.errors import RecipeError
+from peftkit.formats.base import CanonicalRow, RowError
 from peftkit.recipe.schema import Recipe, SourceSection
 from peftkit.run import Run, write_text
+from peftkit.tasks.chat import freeze_date
 
 SPLITS = ("test", "validation")
+Row = tuple[str, CanonicalRow]
 
 
 def evaluate(path: Path, data: Path | None, base: str | None, predictions: Path | None, batch_size: int) -> dict[str, Any]:
     """Evaluate on `data`, or on the run's own test (or validation) rows; returns what `--json` prints."""
-    split, source, draw = _own_split(path) if data is None else ("data", SourceSection(path=str(data.absolute())), None)
+    own = _own_split(path) if data is None else None
     loaded = load_adapter(path, base)
-    rows = _rows(loaded, source)
-    if draw is not None:
-        rows = split_rows(rows, *draw)[1]
-    examples = encode_rows(loaded.runtime, rows, split)
+    split, rows = own.rows(loaded) if own is not None else _rows_of_file(loaded, data)
+    freeze_date(loaded.runtime.tokenizer, loaded.runtime.settings.template_date)
+    examples = encode_rows(loaded.runtime, rows, split, drops=own is not None and own.drops)
     with loaded.inference(), console.progress(len(examples), "evaluating") as advance:
         results = score_examples(
             loaded.model, loaded.runtime, examples, batch_size=batch_size, device=loaded.device, on_batch=advance
@@ -41,28 +46,77 @@ def evaluate(path: Path, data: Path | None, base: str | None, predictions: Path 
     return {"metrics": metrics, "num_rows": len(results), "split": split}
 
 
-def _own_split(path: Path) -> tuple[str, SourceSection, tuple[float, int] | None]:
-    """The split that the run keeps for evaluation: name, source, and fraction and seed where it is drawn from that source."""
+@dataclass(frozen=True)
+class _OwnSplit:
+    """The split that a run keeps for evaluation: drawn from its training rows where `fraction` is given."""
+
+    name: str
+    recipe: Recipe
+    sources: tuple[SourceSection, ...]
+    fraction: float | None
+
+    @property
+    def drops(self) -> bool:
+        """Whether rows that cannot be used are left out, as in training."""
+        return self.recipe.data is not None and self.recipe.data.on_bad_row == "drop"
+
+    def rows(self, loaded: LoadedAdapter) -> tuple[str, list[Row]]:
+        """Its name and its rows, read as in training."""
+        data, seed = self.recipe.data, self.recipe.training.seed
+        assert data is not None
+        with_tasks = bool(loaded.runtime.settings.task_names)
+        reader = RowReader(loaded.task, Path(), data.system_prompt, with_tasks, data.stopping_strategy, seed)
+        rows = _sound(reader.open(self.sources), drops=self.drops)
+        if self.fraction is not None:
+            asked = [identities(row)[1] for _, row in rows]
+            rows = [rows[place] for place in split_rows(rows, asked, self.fraction, seed)[1]]
+        return self.name, rows
+
+
+def _own_split(path: Path) -> _OwnSplit:
+    """The split that the run keeps for evaluation.
+
+    Raises:
+        RecipeError: there is none.
+    """
     if not (path / "resolved.yaml").is_file():
         raise RecipeError("--data is needed: an adapter folder has no rows of its own")
     recipe = Recipe.model_validate(yaml.safe_load((path / "resolved.yaml").read_text(encoding="utf-8")))
     for split in SPLITS if recipe.data is not None else ():
-        source = getattr(recipe.data, split)
-        if isinstance(source, SourceSection):
-            return split, source, None
-        if recipe.data is not None and source is not None:
-            return split, recipe.data.train, (source, recipe.training.seed)
+        sources = getattr(recipe.data, split)
+        if isinstance(sources, tuple):
+            return _OwnSplit(split, recipe, sources, None)
+        if recipe.data is not None and sources is not None:
+            return _OwnSplit(split, recipe, recipe.data.train, sources)
     raise RecipeError("--data is needed: the run has no test or validation rows of its own")
 
 
-def _rows(loaded: LoadedAdapter, source: SourceSection) -> list[Numbered]:
-    """Canonical rows of a source, read as the training rows were."""
-    facts, raw = loaded.facts, read_rows(source, Path())
-    renamed = [(origin, facts.rename(row)) for origin, row in raw]
-    wanted = source if source.format != "auto" else source.model_copy(update={"format": facts.format})
-    item = choose_format(wanted, renamed, loaded.task)
+def _rows_of_file(loaded: LoadedAdapter, path: Path | None) -> tuple[str, list[Row]]:
+    """Rows of a file in the format of the training rows, their columns renamed alike."""
+    facts = loaded.facts
+    assert path is not None
+    source = SourceSection(path=str(path.absolute()), format=facts.format)
     with_tasks = bool(loaded.runtime.settings.task_names)
-    return to_canonical(renamed, item, system_prompt=facts.system_prompt, with_tasks=with_tasks)
+    reader = RowReader(loaded.task, Path(), facts.system_prompt, with_tasks, rename=facts.rename)
+    return "data", _sound(reader.open([source]))
+
+
+def _sound(opened: OpenedSplit, *, drops: bool = False) -> list[Row]:
+    """The rows of a split; those that cannot be read are left out where training left them out.
+
+    Raises:
+        DataError: naming the rows that cannot be read.
+    """
+    described = "; ".join(f"format `{source.format.name}`: {source.format.summary}" for source in opened.sources)
+    good, bad = [], BadRows(f"rows that cannot be read ({described})")
+    for origin, row in opened.rows():
+        if not isinstance(row, RowError):
+            good.append((origin, row))
+        elif not drops:
+            bad.add(f"{origin}: {row}")
+    if bad.count:
+        bad.fail()
+    return good
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

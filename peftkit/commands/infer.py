@@ -14,7 +14,7 @@ from peftkit import console
 from peftkit.engine.data import encode_rows
 from peftkit.engine.generate import answer_rows, file_row, generate, prompt_row
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
-from peftkit.engine.sources import read_rows
+from peftkit.engine.sources import read_rows, sound_rows
 from peftkit.errors import RecipeError
 from peftkit.recipe.schema import SourceSection
 from peftkit.run import write_text
@@ -79,7 +79,7 @@ def answer_file(
     """Answer every row of a file; the output has the input's columns plus `prediction`. Returns rows and output."""
     assert question.source is not None
     assert question.output is not None
-    raw = read_rows(SourceSection(path=str(question.source.absolute())), Path())
+    raw = sound_rows(read_rows(SourceSection(path=str(question.source.absolute())), Path()))
     loaded = _load(adapter, base, question)
     rows = [(origin, file_row(loaded, row, origin, question.task_id)) for origin, row in raw]
     with console.progress(len(rows), "answering") as advance:

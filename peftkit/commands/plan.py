@@ -6,29 +6,35 @@ from typing import Any
 
 from peftkit import console
 from peftkit.commands.params import line, summary
-from peftkit.engine.data import class_counts
+from peftkit.engine.batches import Layout, fill_rate, layout_of
+from peftkit.engine.data import Data
+from peftkit.engine.examples import step_rows
 from peftkit.engine.memory import estimate_memory
 from peftkit.engine.survey import survey
-from peftkit.plan import num_steps
+from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
+
+FILL_STEPS = 50  # optimizer steps that the fill rate is measured on
 
 
 def plan(loaded: LoadedRecipe) -> dict[str, Any]:
     """Walk through all that `train` will do, up to the weights; returns what `--json` prints."""
-    found = survey(loaded)
+    with console.progress(None, "reading rows") as advance:
+        found = survey(loaded, on_row=lambda: advance(1))
     decided, data, blueprint = found.plan, found.data, found.blueprint
-    longest = max(example.length for example in data.train)
-    rows = {name: len(examples) for name, examples in data.splits.items()}
+    longest = int(data.sample.lengths.max())
     return summary(decided, blueprint) | {
-        "num_steps": num_steps(decided, len(data.train)),
-        "tokens_per_epoch": data.tokens_per_epoch,
-        "target_tokens_per_epoch": data.targets_per_epoch,
+        "num_steps": num_steps(decided, data.train.num_rows),
+        "tokens_per_epoch": data.report["train"]["tokens"],
+        "target_tokens_per_epoch": data.report["train"]["targets"],
         "longest_row_tokens": longest,
-        "rows": rows,
-        "dropped_rows": data.num_dropped,
-        "truncated_rows": data.num_truncated,
-        "format": data.format,
-        "classes": class_counts(data),
+        "fill_rate": fill_rates(decided, data),
+        "rows": {name: report["examples"] for name, report in data.report.items()},
+        "dropped_rows": {name: data.num_findings(name, "dropped", "bad_row", "too_long") for name in data.report},
+        "truncated_rows": {name: data.num_findings(name, "truncated") for name in data.report},
+        "format": ", ".join(dict.fromkeys(data.formats)),
+        "data": data.report,
+        "classes": data.classes["train"],
         "memory_bytes": estimate_memory(decided, blueprint, decided.micro_batch_size * longest),
         "targets": blueprint.targets,
         "targets_reason": blueprint.targets_reason,
@@ -39,6 +45,18 @@ def plan(loaded: LoadedRecipe) -> dict[str, Any]:
     }
 
 
+def fill_rates(decided: Plan, data: Data) -> dict[str, float]:
+    """The share of places in forward passes that hold a token, over the first steps: as the recipe has it, and otherwise."""
+    training, lengths = decided.recipe.training, data.sample.lengths
+    steps = min(FILL_STEPS, -(-len(lengths) // training.batch_size))
+    rows = [step_rows(len(lengths), training.batch_size, training.seed, step) for step in range(steps)]
+    of_steps = [[int(lengths[row]) for row in step] for step in rows]
+    layout = layout_of(decided, data.encoding.max_length)
+    padded = Layout(layout.micro_batch_size, by_length=False)
+    ways = {"this_run": layout, "padded": padded, "by_length": Layout(layout.micro_batch_size)}
+    return {name: round(fill_rate(of_steps, way), 4) for name, way in ways.items()}
+
+
 def print_plan(result: dict[str, Any]) -> None:
     """The plan for people."""
     console.print_text(line(result))
@@ -46,9 +64,10 @@ def print_plan(result: dict[str, Any]) -> None:
         (name, result[name]) for name in ("num_steps", "tokens_per_epoch", "target_tokens_per_epoch", "longest_row_tokens")
     ]
     facts += [(f"rows in {name}", count) for name, count in result["rows"].items()]
-    facts += [(f"dropped in {name}", count) for name, count in result["dropped_rows"].items() if count]
-    facts += [(f"truncated in {name}", count) for name, count in result["truncated_rows"].items() if count]
-    facts += [("format", result["format"])]
+    facts += [(f"{kind} in {name}", n) for name, part in result["data"].items() for kind, n in part["findings"].items()]
+    facts += [("rows checked of the stream", result["data"]["train"]["rows"])] if result["data"]["train"]["is_sample"] else []
+    facts += [("format", result["format"]), ("fill rate", f"{result['fill_rate']['this_run']:.1%}")]
+    facts += [("fill rate, rows as they come", f"{result['fill_rate']['padded']:.1%}")]
     console.print_table("run", ["", "value"], facts)
     if result["classes"]:
         console.print_table("classes in train", ["class", "rows"], list(result["classes"].items()))

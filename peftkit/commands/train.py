@@ -9,9 +9,8 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.adapter import attach_adapter
-from peftkit.engine.blueprint import Blueprint
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
-from peftkit.engine.data import Data, epoch_order, fingerprints
+from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.facts import facts_of, write_model_card
 from peftkit.engine.guard import explain_exhaustion
@@ -19,35 +18,53 @@ from peftkit.engine.hardware import peak_memory_bytes, process_index, start_acce
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
 from peftkit.engine.store import initial_state, save_adapter
+from peftkit.engine.stream import Stream
 from peftkit.engine.survey import Survey, survey
 from peftkit.engine.trainer import Trainer
 from peftkit.errors import PeftkitError
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
-from peftkit.run import Run, environment, write_json
-from peftkit.tasks.base import Runtime
+from peftkit.run import Run, environment, newest_unfinished, write_json, write_text
+from peftkit.tasks.example import Runtime
 
 
 def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
     """Train, evaluate and certify; returns the summary that `--json` prints."""
-    found = survey(loaded)
+    with console.progress(None, "reading rows") as advance:
+        date = _date_of_run(loaded, output) if resume else None
+        found = survey(loaded, date=date, on_row=lambda: advance(1))
     run = open_run(loaded, found.plan, output, resume)
     reporter = console.reporter(process_index(), run.log)
     try:
         with explain_exhaustion(found.plan, found.data):
             if process_index() == 0:
                 model = model_fingerprint(base_of(found.plan), found.blueprint.config)
-                write_json(run.environment_path, environment(found.plan, fingerprints(found.data) | {"model": model}))
+                facts = environment(found.plan, found.data.fingerprints | {"model": model})
+                write_json(run.environment_path, facts | {"template_date": found.data.encoding.template_date})
+                write_text(run.data_report_path, found.data.findings_path.read_text(encoding="utf-8"))
                 run.write_status("training", step=0)
-            _announce(reporter, run, found.blueprint)
+            _announce(reporter, run, found)
             return _train_in(run, found, reporter)
     except BaseException as error:
         _record_failure(run, error)
         raise
 
 
-def _announce(reporter: console.LineReporter, run: Run, blueprint: Blueprint) -> None:
-    """Say where the run goes and what it trains."""
+def _date_of_run(loaded: LoadedRecipe, output: Path | None) -> str | None:
+    """The day that the chat template wrote when the run began: a run that goes on on another day sees the same tokens."""
+    run = Run(output) if output is not None else newest_unfinished(loaded.recipe)
+    return run.template_date if run is not None else None
+
+
+def _announce(reporter: console.LineReporter, run: Run, found: Survey) -> None:
+    """Say where the run goes, what it trains, and what is odd about its rows."""
+    blueprint, rows = found.blueprint, found.data.report
+    counts = [f"{name} {report['examples']:,}" for name, report in rows.items()]
+    where = "from the cache" if found.data.is_cached else "read"
+    reporter.note(f"rows {where}: {', '.join(counts)}")
+    for split, report in rows.items():
+        for kind, count in report["findings"].items():
+            reporter.note(f"note: {split}: {count:,} x {kind}; {run.data_report_path.name} has each")
     for note in blueprint.notes:
         reporter.note(f"note: {note}")
     reporter.note(f"run directory: {run.dir}")
@@ -66,7 +83,8 @@ def _record_failure(run: Run, error: BaseException) -> None:
 
 def train_and_report(loaded: LoadedRecipe, output: Path | None, resume: bool, as_json: bool) -> None:
     """Train, then print the summary (rank 0 only)."""
-    result = train(loaded, output, resume)
+    with console.problems_as_json(as_json):
+        result = train(loaded, output, resume)
     if process_index() != 0:
         return
     if as_json:
@@ -105,20 +123,23 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
         base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     untrained = initial_state(model, plan)
     accelerator = start_accelerator(plan, run)
+    if isinstance(data.train, Stream) and accelerator.is_main_process:
+        data.train.on_dropped = run.append_data_report
+        reporter.note(f"note: rows that are left out while training are in {run.data_report_path.name}")
     trainer = Trainer(plan, model, runtime, data, run, accelerator, reporter)
-    if plan.recipe.training.eval_on_start and "test" in data.splits and not trainer.is_resumed:
+    if plan.recipe.training.eval_on_start and "test" in data.held_out and not trainer.is_resumed:
         trainer.evaluate("test")
     trainer.fit()
-    evaluated = [split for split in ("validation", "test") if split in data.splits]
+    evaluated = [split for split in ("validation", "test") if split in data.held_out]
     metrics: dict[str, Any] = {split: flat_metrics(trainer.final_metrics(split)) for split in evaluated}
     summary = _summary(run, trainer, metrics)
     if report := hook(plan.method, "report"):
         summary["adapter"] = report(model)
     if accelerator.is_main_process:
-        facts = facts_of(plan, base.path, data.encoding, data.format)
-        rows = (data.splits.get("validation") or data.train)[:NUM_ROWS]
+        facts = facts_of(plan, base.path, data.encoding, data.formats[0])
+        rows = data.held_out.get("validation", data.sample)[:NUM_ROWS]
         reference = reference_logits(model, runtime, rows, plan.mixed_precision)
-        save_adapter(run.adapter_dir, model, tokenizer, facts, untrained)
+        save_adapter(run.adapter_dir, model, tokenizer, facts, untrained, data.renderings)
         summary["certificate"] = certify(run.adapter_dir, reference, facts, runtime, rows)
         write_model_card(run.adapter_dir, facts, metrics, summary["certificate"])
         run.write_status("done", step=trainer.progress.step, summary=summary)
@@ -131,13 +152,11 @@ def training_context(plan: Plan, tokenizer: Any, runtime: Runtime, data: Data) -
     """What initialisations of the adapter may use: the run's steps, tokenizer and rows."""
 
     def batches(num_rows: int) -> Iterator[dict[str, Any]]:
-        order = epoch_order(len(data.train), plan.recipe.training.seed, 0)
-        for start in range(0, len(order), num_rows):
-            yield runtime.collate([data.train[row] for row in order[start : start + num_rows]])
+        yield from map(runtime.collate, data.train.batches(num_rows, plan.recipe.training.seed))
 
     return Context(
         plan=plan,
-        total_steps=num_steps(plan, len(data.train)),
+        total_steps=num_steps(plan, data.train.num_rows),
         tokenizer=tokenizer,
         runtime=runtime,
         batches=batches,

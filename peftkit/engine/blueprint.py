@@ -18,7 +18,7 @@ from peftkit.engine.modules import is_tied
 from peftkit.engine.targets import count_matches, fused_experts
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Plan
-from peftkit.tasks.base import Encoding
+from peftkit.tasks.encoding import Encoding
 
 
 @dataclass(frozen=True)

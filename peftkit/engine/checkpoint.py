@@ -46,7 +46,7 @@ class Progress:
     best_step: int = 0
     evaluations_without_best: int = 0
     loss_sum: float = 0.0
-    loss_targets: int = 0
+    loss_targets: float = 0
     stopped_early: bool = False
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from peftkit.run import Run, write_json, write_text
-from peftkit.tasks.base import Example, Runtime
+from peftkit.tasks.example import Example, Runtime
 
 
 @torch.inference_mode()

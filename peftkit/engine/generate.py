@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import GenerationConfig, TextStreamer
 
-from peftkit.engine.data import encode_rows, with_system_prompt
+from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import score_examples
 from peftkit.engine.loaded import LoadedAdapter
+from peftkit.engine.rows import with_system_prompt
 from peftkit.errors import DataError
 from peftkit.formats import FORMATS, detect_format
 from peftkit.formats.base import CanonicalRow, RowError
-from peftkit.tasks.base import Example
+from peftkit.tasks.example import Example
 
 Answer = dict[str, Any]
 
@@ -41,7 +42,7 @@ def prompt_row(
         except RowError as error:
             raise DataError(str(error)) from error
     has_template = bool(loaded.runtime.tokenizer.chat_template)
-    if "messages" in columns or (not columns and has_template):
+    if {"messages", "chosen"} & {*columns} or (not columns and has_template):
         messages = [*history, {"role": "user", "content": text}]
         return with_system_prompt({"messages": messages}, facts.system_prompt) | tasks
     return {"text" if "text" in columns else "prompt": text} | tasks

@@ -37,7 +37,7 @@ def explain_exhaustion(plan: Plan, data: Data) -> Iterator[None]:
 
 
 def _memory_text(plan: Plan, data: Data) -> str:
-    longest = max(example.length for example in data.train)
+    longest = int(data.sample.lengths.max())
     remedies = []
     if plan.micro_batch_size > 1:
         remedies.append(f"training.micro_batch_size: {plan.micro_batch_size // 2} (same result, less at a time)")

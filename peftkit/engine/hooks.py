@@ -33,7 +33,7 @@ from peftkit.errors import LoadError
 from peftkit.methods.base import Method
 from peftkit.plan import Plan
 from peftkit.recipe.paths import find_adapter
-from peftkit.tasks.base import Runtime
+from peftkit.tasks.example import Runtime
 
 
 @dataclass(frozen=True)

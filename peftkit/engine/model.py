@@ -22,8 +22,9 @@ from peftkit.engine.modules import is_tied, linearised
 from peftkit.errors import LoadError
 from peftkit.plan import Plan
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_path
-from peftkit.tasks.base import Encoding, Task
-from peftkit.tasks.causal_lm_torch import default_chat_template
+from peftkit.tasks.base import Task
+from peftkit.tasks.chat import default_chat_template
+from peftkit.tasks.encoding import Encoding
 
 EMBEDDED_SHA256 = {"embedded/all-MiniLM-L6-v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
 

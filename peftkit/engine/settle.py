@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from peftkit.engine.sources import Numbered
 from peftkit.errors import DataError, Problem, RecipeError
-from peftkit.formats.base import RowError
+from peftkit.formats.base import CanonicalRow, RowError
 from peftkit.plan import Plan
 from peftkit.recipe.rules import stated_encoding, states
 from peftkit.recipe.schema import DataSection
-from peftkit.tasks.base import Encoding, labels_of
+from peftkit.tasks.base import labels_of
+from peftkit.tasks.encoding import Encoding
+
+
+class _Rows(Sequence[CanonicalRow]):
+    """Rows without their places; none is held in memory."""
+
+    def __init__(self, numbered: Sequence[tuple[str, CanonicalRow]]) -> None:
+        self._numbered = numbered
+
+    def __len__(self) -> int:
+        return len(self._numbered)
+
+    def __getitem__(self, place: Any) -> Any:
+        found = self._numbered[place]
+        return [row for _, row in found] if isinstance(place, slice) else found[1]
 
 
 def settle_encoding(
-    plan: Plan, rows: Sequence[Numbered], max_positions: int | None = None, model_kind: str | None = None
+    plan: Plan, rows: Sequence[tuple[str, CanonicalRow]], max_positions: int | None = None, model_kind: str | None = None
 ) -> Encoding:
     """How rows become token ids: what the recipe states, and what its training rows decide.
 
@@ -27,9 +42,20 @@ def settle_encoding(
     assert recipe.data is not None
     stated = stated_encoding(recipe, _max_length(recipe.data, max_positions))
     try:
-        settled = task.settle(stated, [row for _, row in rows], model_kind)
+        settled = task.settle(stated, _Rows(rows), model_kind)
     except RowError as error:
         raise DataError(str(error)) from error
+    check_settled(plan, settled)
+    return dataclasses.replace(settled, task_names=_task_names(plan, rows))
+
+
+def check_settled(plan: Plan, settled: Encoding) -> None:
+    """Refuse what the rows leave without effect.
+
+    Raises:
+        RecipeError: a setting that does not go with these rows.
+    """
+    recipe, task = plan.recipe, plan.task
     problems = [(key, why) for key, why in task.idle_keys(settled).items() if states(recipe, key)]
     metric, metrics = recipe.training.metric_for_best_model, task.metrics_for(settled)
     if metric is not None and metric not in metrics:
@@ -38,10 +64,9 @@ def settle_encoding(
         )
     if problems:
         raise RecipeError([Problem("", key, why) for key, why in problems])
-    return dataclasses.replace(settled, task_names=_task_names(plan, rows))
 
 
-def _task_names(plan: Plan, rows: Sequence[Numbered]) -> tuple[str, ...]:
+def _task_names(plan: Plan, rows: Sequence[tuple[str, CanonicalRow]]) -> tuple[str, ...]:
     field = plan.method.num_tasks_field
     if not field:
         return ()

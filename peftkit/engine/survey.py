@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +12,12 @@ from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.data import Data, load_data
 from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
-from peftkit.plan import Plan, make_plan
+from peftkit.engine.prepare import Model
+from peftkit.errors import Problem, RecipeError
+from peftkit.plan import Choice, Plan, make_plan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.fit import model_kind
+from peftkit.tasks.chat import freeze_date, is_default_template, says_date, template_variables
 
 
 @dataclass(frozen=True)
@@ -24,15 +30,54 @@ class Survey:
     blueprint: Blueprint
 
 
-def survey(loaded: LoadedRecipe) -> Survey:
+def survey(loaded: LoadedRecipe, *, date: str | None = None, on_row: Callable[[], None] = lambda: None) -> Survey:
     """Decide, read and encode the rows, draw the model on the meta device.
+
+    Args:
+        loaded: the recipe.
+        date: the day (ISO) that a chat template may write; default: today.
+        on_row: told of every row that is encoded.
 
     Raises:
         RecipeError, DataError, LoadError: what would stop the run.
     """
     plan = make_plan(loaded, detect_hardware())
+    model = find_model_facts(plan, date)
+    data = load_data(plan, model, on_row=on_row)
+    if plan.task.uses_chat_template and is_default_template(model.tokenizer) and _has_conversations(data):
+        reason = "the tokenizer has none: turns begin with `### User:` and the like; stored with the adapter"
+        plan = dataclasses.replace(plan, choices=(*plan.choices, Choice("model.chat_template", "default", reason)))
+    return Survey(plan, model.tokenizer, data, draw_blueprint(plan, data.encoding.num_outputs, model.tokenizer))
+
+
+def _has_conversations(data: Data) -> bool:
+    return any("text" in rendering for rendering in data.renderings)
+
+
+def find_model_facts(plan: Plan, date: str | None = None) -> Model:
+    """What rows must suit: the tokenizer, and what the model's config says.
+
+    Raises:
+        RecipeError: the chat template has no use for a variable that the recipe sets.
+        LoadError: the tokenizer or config cannot be loaded.
+    """
     tokenizer = load_tokenizer(plan)
+    _check_template_kwargs(plan, tokenizer)
     config = load_config(base_of(plan))
     limit = position_limit(config, tokenizer, plan.method.virtual_tokens(plan.recipe.adapter))
-    data = load_data(plan, tokenizer, limit, model_kind(config.to_dict()))
-    return Survey(plan, tokenizer, data, draw_blueprint(plan, data.encoding.num_outputs, tokenizer))
+    day = None
+    if plan.task.uses_chat_template and says_date(tokenizer):
+        day = date or datetime.date.today().isoformat()
+        freeze_date(tokenizer, day)
+    return Model(tokenizer, limit, model_kind(config.to_dict()), day)
+
+
+def _check_template_kwargs(plan: Plan, tokenizer: Any) -> None:
+    stated = plan.recipe.data.chat_template_kwargs if plan.recipe.data is not None else {}
+    if not stated:
+        return
+    known = template_variables(tokenizer.get_chat_template())
+    what = f"the chat template reads no such variable; it reads {', '.join(sorted(known))}"
+    problems = [Problem("", f"data.chat_template_kwargs.{name}", what) for name in stated if name not in known]
+    if problems:
+        raise RecipeError(problems)
