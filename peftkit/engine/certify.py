@@ -14,12 +14,14 @@ from torch import nn
 from peftkit.engine.adapter import read_tensors
 from peftkit.engine.facts import TENSORS, AdapterFacts
 from peftkit.engine.hardware import autocast
-from peftkit.engine.model import load_base_model, set_pad_token
+from peftkit.engine.model import load_base_model, read_tokenizer, set_pad_token
+from peftkit.engine.parity import check_renderings
 from peftkit.engine.store import load_into
 from peftkit.errors import CertificateError, LoadError
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
-from peftkit.tasks.base import Example, Runtime
+from peftkit.tasks import TASKS
+from peftkit.tasks.example import Example, Runtime
 
 NUM_ROWS = 8
 # Largest difference of a logit over the largest logit. Reloading is exact in practice; these bounds allow for another order
@@ -75,6 +77,7 @@ def certify(
     """
     try:
         _check_tensors(folder, METHODS[facts.method])
+        check_renderings(folder, TASKS[facts.task].runtime(read_tokenizer(str(folder)), runtime.settings))
         # Another seed for the new head: one that was not saved cannot come out right by chance.
         base, missing = load_base_model(facts.base_model(folder), runtime.settings, head_seed=facts.seed + 1)
         set_pad_token(base, runtime.tokenizer)

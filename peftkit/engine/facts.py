@@ -11,12 +11,13 @@ from typing import Any
 
 from peftkit.engine.adapter import read_tensors
 from peftkit.engine.model import Base
+from peftkit.engine.sources import computed_columns
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan
 from peftkit.run import write_text
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import Encoding
+from peftkit.tasks.encoding import Encoding
 
 FACTS, CONFIG, TENSORS = "peftkit.json", "adapter_config.json", "adapter_model.safetensors"
 
@@ -33,7 +34,8 @@ class AdapterFacts:
         dtype: dtype of the frozen weights.
         mixed_precision: autocast of the run.
         format: format of the training rows.
-        columns: our column names -> those of the training file.
+        columns: our column names -> those of the (first) training source.
+        template: our column names -> Jinja text over its columns.
         encoding: how rows became token ids.
         system_prompt: system message for rows that have none.
         generation: settings of the recipe's generation section.
@@ -52,6 +54,7 @@ class AdapterFacts:
     mixed_precision: str = "no"
     format: str = "auto"
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    template: dict[str, str] = dataclasses.field(default_factory=dict)
     encoding: Encoding | None = None
     system_prompt: str | None = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -63,7 +66,7 @@ class AdapterFacts:
 
     def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row with the columns that the training rows were renamed from, renamed alike."""
-        return dict(row) | {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
+        return computed_columns(row, self.columns, self.template, partial=True)
 
     def base_model(self, folder: Path) -> Base:
         """The base model that the adapter in `folder` goes onto; for `full` the folder itself is the model."""
@@ -94,7 +97,8 @@ def facts_of(plan: Plan, base: str, encoding: Encoding, data_format: str) -> Ada
         dtype=plan.dtype,
         mixed_precision=plan.mixed_precision,
         format=data_format,
-        columns=dict(recipe.data.train.columns) if recipe.data else {},
+        columns=dict(recipe.data.train[0].columns) if recipe.data else {},
+        template=dict(recipe.data.train[0].template) if recipe.data else {},
         encoding=encoding,
         system_prompt=recipe.data.system_prompt if recipe.data else None,
         generation=recipe.generation.model_dump(mode="json") if plan.task.generates else {},

@@ -17,12 +17,15 @@ from torch import nn
 from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
+from peftkit.engine.parity import check_renderings
 from peftkit.engine.store import load_into
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
 from peftkit.tasks import TASKS
-from peftkit.tasks.base import Encoding, Runtime, Task
+from peftkit.tasks.base import Task
+from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.example import Runtime
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
 
     Raises:
         LoadError: something is missing or does not fit.
+        CertificateError: rows of training give other tokens now.
     """
     folder = adapter_folder(path)
     facts = read_facts(folder, base)
@@ -115,6 +119,7 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
         if Path(source.path).is_absolute() and not Path(source.path).is_dir():
             raise LoadError(f"there is no folder `{source.path}`")
         tokenizer = read_tokenizer(str(folder) if has_tokenizer else source.path, None if has_tokenizer else source.revision)
+        check_renderings(folder, TASKS[facts.task].runtime(tokenizer, encoding))
         model, missing = load_base_model(source, encoding)
     except LoadError as error:
         raise LoadError(f"the base of the adapter {folder}: {error}; where it has moved, name it with --base") from error

@@ -16,19 +16,20 @@ from torch import nn
 
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
 from peftkit.engine.loaded import LoadedAdapter
-from peftkit.engine.model import Base, load_base_model, set_pad_token
+from peftkit.engine.model import Base, load_base_model, read_tokenizer, set_pad_token
 from peftkit.engine.modules import with_conv1d
+from peftkit.engine.parity import RENDERINGS, check_renderings
 from peftkit.errors import CertificateError, RecipeError
 from peftkit.methods import METHODS
 from peftkit.run import new_folder
-from peftkit.tasks.base import Example, Runtime, Task
+from peftkit.tasks.base import Task
+from peftkit.tasks.example import Example, Runtime
 
 
 def probe_examples(runtime: Runtime, task: Task, max_length: int) -> list[Example]:
     """Fixed rows for comparing two models of a task, cut where the model has no positions for more."""
     cut = task.runtime(runtime.tokenizer, dataclasses.replace(runtime.settings, truncation="right", max_length=max_length))
-    examples = [cut.encode(row, "probe") for row in cut.probe_rows()]
-    return [example for example in examples if example is not None]
+    return [example for row in cut.probe_rows() for example in cut.encode(row, "probe")]
 
 
 def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, Any]:
@@ -58,8 +59,8 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
     with new_folder(output) as folder:
         merged.to(getattr(torch, wanted)).save_pretrained(folder)  # type: ignore[operator]
         loaded.runtime.tokenizer.save_pretrained(folder)
-        if (loaded.folder / "generation_config.json").is_file():
-            (folder / "generation_config.json").write_bytes((loaded.folder / "generation_config.json").read_bytes())
+        _copy(loaded.folder, folder, "generation_config.json", RENDERINGS)
+        check_renderings(folder, loaded.task.runtime(read_tokenizer(str(folder)), loaded.runtime.settings))
         alone, missing = load_base_model(
             Base(str(folder), loaded.task, wanted, trust_remote_code=loaded.facts.trust_remote_code)
         )
@@ -70,6 +71,13 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
         _require(saved, TOLERANCE[wanted], reference, f"saved ({wanted})")
     tolerance = TOLERANCE[wanted] * scale_of(reference)
     return {"output": str(output), "dtype": wanted, "max_abs_diff": exact, "max_abs_diff_saved": saved, "tolerance": tolerance}
+
+
+def _copy(source: Path, folder: Path, *names: str) -> None:
+    """Copy those of the named files that are there."""
+    for name in names:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
 
 
 def _merged(model: nn.Module, method: str) -> nn.Module:

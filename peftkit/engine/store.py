@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from peftkit.engine.adapter import adapter_state, head_by_hand, read_tensors, tr
 from peftkit.engine.facts import CONFIG, FACTS, TENSORS, AdapterFacts, read_mapping
 from peftkit.engine.hooks import hook
 from peftkit.engine.modules import is_tied
+from peftkit.engine.parity import write_renderings
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
@@ -40,7 +42,14 @@ def initial_state(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     return adapter_state(model)
 
 
-def save_adapter(path: Path, model: nn.Module, tokenizer: Any, facts: AdapterFacts, initial: dict[str, torch.Tensor]) -> None:
+def save_adapter(
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    facts: AdapterFacts,
+    initial: dict[str, torch.Tensor],
+    renderings: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write the adapter folder atomically.
 
     Args:
@@ -49,6 +58,7 @@ def save_adapter(path: Path, model: nn.Module, tokenizer: Any, facts: AdapterFac
         tokenizer: saved along, with its chat template.
         facts: written to peftkit.json.
         initial: see `initial_state`.
+        renderings: rows of training as the tokenizer made tokens of them.
     """
     with new_folder(path) as folder:
         if isinstance(model, PeftModel):
@@ -60,6 +70,7 @@ def save_adapter(path: Path, model: nn.Module, tokenizer: Any, facts: AdapterFac
         tokenizer.save_pretrained(folder)
         if facts.generation:
             _generation_config(model, tokenizer).save_pretrained(folder)
+        write_renderings(folder, renderings)
         write_json(folder / FACTS, dataclasses.asdict(facts))
 
 
