@@ -2,7 +2,7 @@
 
 A record is JSON in which every list of whole numbers is replaced by its length; the numbers follow as 32-bit integers. That is
 four bytes a token, and reading a record takes some microseconds. Two arrays beside the file hold where each record begins and a
-few numbers about it, so that sums over all records need not read them.
+few numbers about it, so that sums over all records need not read them; they are mapped, not read.
 """
 
 from __future__ import annotations
@@ -32,32 +32,35 @@ class RecordWriter:
     def __init__(self, path: Path, columns: Sequence[str] = ()) -> None:
         self.path, self.columns = path, tuple(columns)
         self._file = path.open("wb")
-        self._offsets: array[int] = array("q")
-        self._numbers: list[array[float]] = [array("d") for _ in columns]
+        self._offsets = _offsets_path(path).open("wb")
+        self._numbers = _numbers_path(path).open("wb")
 
     def add(self, record: Any, *numbers: float) -> None:
         """Append a record of lists, mappings with text keys, texts, numbers, true, false and null."""
-        self._offsets.append(self._file.tell())
-        for column, number in zip(self._numbers, numbers, strict=True):
-            column.append(number)
+        assert len(numbers) == len(self.columns)
+        self._offsets.write(self._file.tell().to_bytes(8, "little"))
+        self._numbers.write(array("d", numbers).tobytes())
         self._file.write(to_bytes(record))
 
     def finish(self) -> Records:
-        """Write the arrays, and open what was written."""
-        self._offsets.append(self._file.tell())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        np.save(_offsets_path(self.path), np.frombuffer(self._offsets, dtype=np.int64))
-        columns = [np.frombuffer(column, dtype=np.float64) if len(column) else np.empty(0) for column in self._numbers]
-        np.save(_columns_path(self.path), np.stack(columns) if columns else np.empty((0, 0)))
+        """Write the rest, and open what was written."""
+        self._offsets.write(self._file.tell().to_bytes(8, "little"))
+        for file in (self._file, self._offsets, self._numbers):
+            file.flush()
+            os.fsync(file.fileno())
+        self.close()
         return Records(self.path, self.columns)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._file, self._offsets, self._numbers):
+            file.close()
 
     def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        self.close()
 
 
 class Records(Sequence[Any]):
@@ -69,10 +72,12 @@ class Records(Sequence[Any]):
     """
 
     def __init__(self, path: Path, columns: Sequence[str] = ()) -> None:
-        self.path = path
+        self.path, self._names = path, tuple(columns)
         self._file = path.open("rb")
-        self._offsets = np.load(_offsets_path(path), mmap_mode="r")
-        self._columns = dict(zip(columns, np.load(_columns_path(path), mmap_mode="r" if len(self) else None), strict=True))
+        self._offsets = np.memmap(_offsets_path(path), dtype="<i8", mode="r")
+        shape = (len(self._offsets) - 1, len(columns))
+        empty = not all(shape)  # no file of no bytes can be mapped
+        self._numbers = np.empty(shape) if empty else np.memmap(_numbers_path(path), dtype=float, mode="r", shape=shape)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -101,13 +106,12 @@ class Records(Sequence[Any]):
 
     def column(self, name: str) -> np.ndarray:
         """One number of every record (N,), in float64."""
-        return self._columns[name]
+        return np.asarray(self._numbers[:, self._names.index(name)])
 
     def remove(self) -> None:
         """Close and delete the file and its arrays."""
         self._file.close()
-        self._columns = {}
-        for path in (self.path, _offsets_path(self.path), _columns_path(self.path)):
+        for path in (self.path, _offsets_path(self.path), _numbers_path(self.path)):
             path.unlink(missing_ok=True)
 
 
@@ -143,8 +147,8 @@ def _unpack(value: Any, numbers: Iterator[int]) -> Any:
 
 
 def _offsets_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.offsets.npy")
+    return path.with_name(f"{path.name}.offsets")
 
 
-def _columns_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.columns.npy")
+def _numbers_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.numbers")
