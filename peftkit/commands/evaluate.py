@@ -9,14 +9,15 @@ from typing import Any
 import yaml
 
 from peftkit import console
-from peftkit.engine.audit import BadRows, identities
+from peftkit.engine.audit import identities
 from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import evaluation_lines, score_examples, write_evaluation
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.prepare import split_rows
 from peftkit.engine.rows import OpenedSplit, RowReader
+from peftkit.engine.sources import sound_rows
 from peftkit.errors import RecipeError
-from peftkit.formats.base import CanonicalRow, RowError
+from peftkit.formats.base import CanonicalRow
 from peftkit.recipe.schema import Recipe, SourceSection
 from peftkit.run import Run, write_text
 from peftkit.tasks.chat import freeze_date
@@ -102,21 +103,9 @@ def _rows_of_file(loaded: LoadedAdapter, path: Path | None) -> tuple[str, list[R
 
 
 def _sound(opened: OpenedSplit, *, drops: bool = False) -> list[Row]:
-    """The rows of a split; those that cannot be read are left out where training left them out.
-
-    Raises:
-        DataError: naming the rows that cannot be read.
-    """
+    """The rows of a split; those that cannot be read are left out where training left them out."""
     described = "; ".join(f"format `{source.format.name}`: {source.format.summary}" for source in opened.sources)
-    good, bad = [], BadRows(f"rows that cannot be read ({described})")
-    for origin, row in opened.rows():
-        if not isinstance(row, RowError):
-            good.append((origin, row))
-        elif not drops:
-            bad.add(f"{origin}: {row}")
-    if bad.count:
-        bad.fail()
-    return good
+    return sound_rows(opened.rows(), f" ({described})", drops=drops)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

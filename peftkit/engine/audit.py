@@ -52,9 +52,10 @@ class Audit:
 
 @dataclass
 class BadRows:
-    """Rows of one split that cannot be used, for one message about all of them."""
+    """Rows of one split that cannot be used, for one message about all of them; `remedy` says where the rest is to be seen."""
 
     heading: str
+    remedy: str = ""
     lines: list[str] = field(default_factory=list)
     count: int = 0
     longest: int = 0
@@ -69,7 +70,7 @@ class BadRows:
     def fail(self, more: str = "") -> NoReturn:
         """Raise the DataError that names them."""
         rest = f"\n  ... and {self.count - len(self.lines)} more" if self.count > len(self.lines) else ""
-        rest += " (`peftkit data RECIPE --json --set data.on_bad_row=drop` lists them all)" if rest else ""
+        rest += f" ({self.remedy})" if rest and self.remedy else ""
         raise DataError(f"{self.count} {self.heading}{more}:\n  " + "\n  ".join(self.lines) + rest)
 
 
@@ -141,8 +142,7 @@ def length_statistics(examples: Examples) -> dict[str, Any]:
 
 def split_report(examples: Examples, num_rows: int, counts: Mapping[str, int], learns_tokens: bool) -> dict[str, Any]:
     """What a split is like: rows read, examples made of them, tokens, the share of labels that is learned, findings by kind."""
-    num_tokens, num_targets = int(examples.num_input_tokens.sum()), int(examples.num_target_tokens.sum())
-    num_labels = int(examples.num_labels.sum())
+    num_tokens, num_targets, num_labels = map(examples.total, ("num_input_tokens", "num_target_tokens", "num_labels"))
     return {
         "rows": num_rows,
         "examples": len(examples),

@@ -14,7 +14,7 @@ import numpy as np
 from peftkit.engine.records import Records, RecordWriter, to_bytes
 from peftkit.tasks.example import Example
 
-_COLUMNS = ("length", "num_input_tokens", "num_tokens", "num_targets", "num_target_tokens", "num_labels")
+_COLUMNS = ("length", "num_input_tokens", "num_target_tokens", "num_labels")
 
 
 class ExampleWriter:
@@ -40,8 +40,7 @@ class ExampleWriter:
             example.details,
         ]
         num_labels = len(example.labels) if isinstance(example.labels, list) else 1
-        lengths = (example.length, example.num_input_tokens, example.num_tokens)
-        numbers = (*lengths, example.num_targets, example.num_target_tokens, num_labels)
+        numbers = (example.length, example.num_input_tokens, example.num_target_tokens, num_labels)
         self._writer.add(record, *numbers)
 
     @property
@@ -89,30 +88,11 @@ class Examples(Sequence[Example]):
         """Tokens of the longest window or text of each example (N,)."""
         return self._records.column("length")
 
-    @property
-    def num_input_tokens(self) -> np.ndarray:
-        """Tokens that the model reads of each example (N,)."""
-        return self._records.column("num_input_tokens")
-
-    @property
-    def num_tokens(self) -> np.ndarray:
-        """Tokens of each example's row before truncation (N,)."""
-        return self._records.column("num_tokens")
-
-    @property
-    def num_targets(self) -> np.ndarray:
-        """What the loss of each example is a sum over (N,)."""
-        return self._records.column("num_targets")
-
-    @property
-    def num_target_tokens(self) -> np.ndarray:
-        """Targets of each example, whatever their weights (N,)."""
-        return self._records.column("num_target_tokens")
-
-    @property
-    def num_labels(self) -> np.ndarray:
-        """Places of each example that could be learned, where these are tokens (N,)."""
-        return self._records.column("num_labels")
+    def total(self, name: str) -> int:
+        """The sum of a number of all examples: `num_input_tokens` that the model reads, `num_target_tokens` that are learned,
+        or `num_labels`, places that could be learned where these are tokens.
+        """
+        return int(self._records.column(name).sum())
 
     def step(self, step: int, batch_size: int, seed: int) -> list[Example]:
         """The examples of one optimizer step (from 0)."""

@@ -26,6 +26,7 @@ from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import Example, Runtime, TooLong
 
 FINDINGS, SUMMARY = "findings.jsonl", "summary.json"
+ALL_OF_THEM = "`peftkit data RECIPE --json --set data.on_bad_row=drop` lists them all"
 NUM_RENDERINGS = 5  # rows whose rendering is stored with the adapter
 _ROW_COLUMNS = ("whole", "asked")
 
@@ -130,7 +131,7 @@ class Preparation:
         """A split's canonical rows on disk."""
         formats = {source.format.name: source.format for source in opened.sources}
         described = "; ".join(f"format `{name}`: {item.summary}" for name, item in formats.items())
-        bad = BadRows(f"rows of {split} that cannot be read ({described})")
+        bad = BadRows(f"rows of {split} that cannot be read ({described})", ALL_OF_THEM)
         with RecordWriter(self.folder / f"{split}.rows", _ROW_COLUMNS) as writer:
             for origin, row in self._checked(split, opened):
                 if isinstance(row, RowError):
@@ -158,7 +159,7 @@ class Preparation:
     def _encode(self, runtime: Runtime, split: str, rows: Split) -> ExampleWriter:
         """Examples of a split on disk."""
         writer = ExampleWriter(self.folder / f"{split}.examples")
-        bad, too_long = BadRows(f"rows of {split} that cannot be used"), BadRows("")
+        bad, too_long = BadRows(f"rows of {split} that cannot be used", ALL_OF_THEM), BadRows("", ALL_OF_THEM)
         num_written = 0
         for origin, row in rows:
             self.on_row()

@@ -9,6 +9,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peftkit.engine.audit import BadRows
 from peftkit.engine.json_rows import RowOrError
 from peftkit.engine.readers import DataFile, Numbered, read_file
 from peftkit.engine.remote import hub_fingerprint, hub_rows, saved_folder, saved_rows, url_rows, url_versions
@@ -21,7 +22,6 @@ from peftkit.recipe.templates import compile_template
 __all__ = ["Numbered", "computed_columns", "content_fingerprint", "mixed", "read_rows", "sound_rows"]
 
 T = TypeVar("T")
-MAX_SHOWN = 5  # bad rows named in one message; the count is always given
 _CHUNK = 2**20
 
 
@@ -52,22 +52,26 @@ def _computed(row: dict[str, Any], source: SourceSection) -> RowOrError:
         return error
 
 
-def sound_rows(rows: Iterable[Numbered]) -> list[tuple[str, dict[str, Any]]]:
-    """All rows, where every one of them can be read.
+def sound_rows(rows: Iterable[tuple[str, T | RowError]], what: str = "", *, drops: bool = False) -> list[tuple[str, T]]:
+    """All rows, where every one of them can be read; with `drops` those that can.
+
+    Args:
+        rows: rows with their places.
+        what: what the message says of them besides.
+        drops: whether rows that cannot be read are left out.
 
     Raises:
         DataError: naming those that cannot (the first few in words).
     """
-    sound: list[tuple[str, dict[str, Any]]] = []
-    bad: list[str] = []
+    sound: list[tuple[str, T]] = []
+    bad = BadRows(f"rows that cannot be read{what}")
     for origin, row in rows:
-        if isinstance(row, RowError):
-            bad.append(f"{origin}: {row}")
-        else:
+        if not isinstance(row, RowError):
             sound.append((origin, row))
-    if bad:
-        more = f"\n  ... and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
-        raise DataError(f"{len(bad)} rows that cannot be read:\n  " + "\n  ".join(bad[:MAX_SHOWN]) + more)
+        elif not drops:
+            bad.add(f"{origin}: {row}")
+    if bad.count:
+        bad.fail()
     return sound
 
 

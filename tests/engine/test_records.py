@@ -59,7 +59,8 @@ def test_examples_come_back_with_everything_but_notes(tmp_path: Path) -> None:
     first = example(1, 2, 3, weights=[0.0, 0.0, 0.5], details={"classes": ["a"]}, task_id=2)
     found, _ = written(tmp_path, first, example(4, 5, notes=("odd",)))
     assert list(found) == [first, example(4, 5)]
-    assert [found.lengths.tolist(), found.num_tokens.tolist(), found.num_target_tokens.tolist()] == [[3, 2], [6, 5], [1, 1]]
+    totals = [found.total(name) for name in ("num_input_tokens", "num_target_tokens", "num_labels")]
+    assert (found.lengths.tolist(), totals) == ([3, 2], [5, 2, 5])
 
 
 def test_the_fingerprint_is_that_of_what_is_trained_on(tmp_path: Path) -> None:
