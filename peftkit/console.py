@@ -222,9 +222,9 @@ def metrics_text(metrics: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def progress(total: int | None, text: str) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, one line at the end elsewhere; yields a function that advances it."""
-    if not err.is_terminal:
+def progress(total: int | None, text: str, *, speaks: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, where this process `speaks`; yields a function that advances it."""
+    if not err.is_terminal or not speaks:
         yield lambda done: None
         return
     with _bar(text, "{task.completed}/{task.total}" if total is not None else "{task.completed}") as bar:

@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from peftkit import console
-from peftkit.engine.audit import identities
+from peftkit.engine.audit import identify
 from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import evaluation_lines, score_examples, write_evaluation
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
-from peftkit.engine.prepare import split_rows
+from peftkit.engine.prepare import same_row, split_rows
 from peftkit.engine.rows import OpenedSplit, RowReader
 from peftkit.engine.sources import sound_rows
 from peftkit.errors import RecipeError
@@ -69,8 +69,8 @@ class _OwnSplit:
         reader = RowReader(loaded.task, Path(), data.system_prompt, with_tasks, data.stopping_strategy, seed)
         rows = _sound(reader.open(self.sources), drops=self.drops)
         if self.fraction is not None:
-            asked = [identities(row)[1] for _, row in rows]
-            rows = [rows[place] for place in split_rows(rows, asked, self.fraction, seed)[1]]
+            hashes = [getattr(identify(row), same_row(loaded.task)) for _, row in rows]
+            rows = [rows[place] for place in split_rows(rows, hashes, self.fraction, seed)[1]]
         return self.name, rows
 
 

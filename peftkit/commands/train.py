@@ -30,7 +30,7 @@ from peftkit.tasks.example import Runtime
 
 def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
     """Train, evaluate and certify; returns the summary that `--json` prints."""
-    with console.progress(None, "reading rows") as advance:
+    with console.progress(None, "reading rows", speaks=process_index() == 0) as advance:
         date = _date_of_run(loaded, output) if resume else None
         found = survey(loaded, date=date, on_row=lambda: advance(1))
     run = open_run(loaded, found.plan, output, resume)
@@ -152,7 +152,7 @@ def training_context(plan: Plan, tokenizer: Any, runtime: Runtime, data: Data) -
     """What initialisations of the adapter may use: the run's steps, tokenizer and rows."""
 
     def batches(num_rows: int) -> Iterator[dict[str, Any]]:
-        yield from map(runtime.collate, data.train.batches(num_rows, plan.recipe.training.seed))
+        yield from map(runtime.collate, data.sample.batches(num_rows, plan.recipe.training.seed))
 
     return Context(
         plan=plan,

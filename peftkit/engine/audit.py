@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -74,13 +74,26 @@ class BadRows:
         raise DataError(f"{self.count} {self.heading}{more}:\n  " + "\n  ".join(self.lines) + rest)
 
 
-def identities(row: CanonicalRow) -> tuple[int, int]:
-    """52-bit hashes of a row as a whole, and of what a model is asked with: equal texts have equal ones."""
+class Identity(NamedTuple):
+    """52-bit hashes of a row: equal rows have equal ones.
+
+    Attributes:
+        whole: of the row.
+        asked: of what a model is asked with; of the row, where that is nothing.
+    """
+
+    whole: int
+    asked: int
+
+
+def identify(row: CanonicalRow) -> Identity:
+    """The hashes of a row."""
     asked = {name: value for name, value in row.items() if name not in _TARGETS}
     for name in ("messages", "chosen"):
         if name in asked and asked[name][-1]["role"] == "assistant":
             asked[name] = asked[name][:-1]
-    return _hash(row), _hash(asked) if asked else _hash(row)
+    whole = _hash(row)
+    return Identity(whole, _hash(asked) if any(asked.values()) else whole)
 
 
 def _hash(value: Any) -> int:

@@ -72,13 +72,12 @@ class Data:
         return sum(self.report[split]["findings"].get(kind, 0) for kind in kinds)
 
 
-def load_data(plan: Plan, model: Model, *, use_cache: bool = True, on_row: Callable[[], None] = lambda: None) -> Data:
+def load_data(plan: Plan, model: Model, *, on_row: Callable[[], None] = lambda: None) -> Data:
     """Everything that the recipe's `data` names, encoded; from the cache where it is there.
 
     Args:
         plan: the plan.
         model: the tokenizer, and what is known of the model.
-        use_cache: whether the recipe's `data.cache` is followed.
         on_row: told of every row that is encoded.
 
     Raises:
@@ -88,8 +87,7 @@ def load_data(plan: Plan, model: Model, *, use_cache: bool = True, on_row: Calla
     """
     data = plan.recipe.data
     assert data is not None, "rules refuse a recipe without data where data is needed"
-    streams = any(source.streaming for source in data.train)
-    key = cache_key(plan, model) if data.cache and use_cache and not streams else None
+    key = cache_key(plan, model) if data.cache and not data.streams else None
     if key is None:
         holder = tempfile.TemporaryDirectory(prefix="peftkit-rows-")
         with _explained(Path(holder.name)):
@@ -126,7 +124,7 @@ def _open(plan: Plan, model: Model, folder: Path, **facts: Any) -> Data:
     check_settled(plan, encoding)
     splits = {name: Examples.open(folder / f"{name}.examples") for name in summary["splits"]}
     checked = splits.pop("train")
-    streams = plan.recipe.data is not None and any(source.streaming for source in plan.recipe.data.train)
+    streams = plan.recipe.data is not None and plan.recipe.data.streams
     train = open_stream(plan, plan.task.runtime(model.tokenizer, encoding), checked) if streams else checked
     named = {name: summary[name] for name in ("formats", "classes", "fingerprints", "renderings")}
     return Data(train, splits, encoding, report=summary["splits"], folder=folder, **named, **facts)

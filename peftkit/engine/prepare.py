@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.engine.audit import Audit, BadRows, find_duplicates, find_leaks, identities, split_report
+from peftkit.engine.audit import Audit, BadRows, Identity, find_duplicates, find_leaks, identify, split_report
 from peftkit.engine.examples import ExampleWriter
 from peftkit.engine.records import Records, RecordWriter
 from peftkit.engine.rows import Canonical, OpenedSplit, reader_of
@@ -22,13 +22,13 @@ from peftkit.errors import DataError
 from peftkit.formats.base import CanonicalRow, RowError
 from peftkit.plan import Plan
 from peftkit.run import write_json
+from peftkit.tasks.base import Task
 from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import Example, Runtime, TooLong
 
 FINDINGS, SUMMARY = "findings.jsonl", "summary.json"
 ALL_OF_THEM = "`peftkit data RECIPE --json --set data.on_bad_row=drop` lists them all"
 NUM_RENDERINGS = 5  # rows whose rendering is stored with the adapter
-_ROW_COLUMNS = ("whole", "asked")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ class Preparation:
         assert data is not None, "rules refuse a recipe without data where data is needed"
         self.data = data
         self.drops = data.on_bad_row == "drop"
-        self.streams = any(source.streaming for source in data.train)
         self.audit = Audit(self.folder / FINDINGS)
         self.first: list[CanonicalRow] = []  # training rows that gave examples
 
@@ -118,7 +117,7 @@ class Preparation:
         splits = {"train": Split(self._read("train", train))}
         if isinstance(self.data.validation, float):
             rows, seed = splits["train"], self.plan.recipe.training.seed
-            kept, drawn = split_rows(rows, rows.column("asked"), self.data.validation, seed)
+            kept, drawn = split_rows(rows, rows.column(same_row(self.plan.task)), self.data.validation, seed)
             records = rows.records
             splits = {"train": Split(records, kept), "validation": Split(records, drawn)}
         elif self.data.validation is not None:
@@ -132,20 +131,20 @@ class Preparation:
         formats = {source.format.name: source.format for source in opened.sources}
         described = "; ".join(f"format `{name}`: {item.summary}" for name, item in formats.items())
         bad = BadRows(f"rows of {split} that cannot be read ({described})", ALL_OF_THEM)
-        with RecordWriter(self.folder / f"{split}.rows", _ROW_COLUMNS) as writer:
+        with RecordWriter(self.folder / f"{split}.rows", Identity._fields) as writer:
             for origin, row in self._checked(split, opened):
                 if isinstance(row, RowError):
                     bad.add(f"{origin}: {row}")
                     self.audit.add(split, "bad_row", origin, str(row))
                 else:
-                    writer.add([origin, row], *identities(row))
+                    writer.add([origin, row], *identify(row))
             records = writer.finish()
         self._judge(bad, split, len(records))
         return records
 
     def _checked(self, split: str, opened: OpenedSplit) -> Iterator[Canonical]:
         """The rows to look at: all of them, or the first ones of a stream."""
-        return islice(opened.rows(), self.data.audit_rows if split == "train" and self.streams else None)
+        return islice(opened.rows(), self.data.audit_rows if split == "train" and self.data.streams else None)
 
     def _judge(self, bad: BadRows, split: str, num_left: int) -> None:
         """Stop where bad rows are errors, or where dropping them leaves none."""
@@ -226,7 +225,7 @@ class Preparation:
         for name, writer in written.items():
             counts = self.audit.counts.get(name, Counter())
             reports[name] = split_report(writer.finish(), len(splits[name]), counts, self.plan.task.learns_tokens)
-        reports["train"]["is_sample"] = self.streams
+        reports["train"]["is_sample"] = self.data.streams
         for split in splits.values():
             split.records.remove()  # the examples are all that is read from now on
         summary = {
@@ -247,23 +246,31 @@ def too_long_text(split: str, max_length: int, longest: int, truncations: Sequen
     return f"rows of {split} longer than {max_length} tokens (`data.max_length`; {longest} would fit them all, {remedy})"
 
 
+def same_row(task: Task) -> str:
+    """Which hash says that rows are equal: that of what a model is asked with; of the whole row, where answers are texts.
+
+    Many good answers to one prompt are rows of their own, another label of one text is none.
+    """
+    return "whole" if task.generates else "asked"
+
+
 def split_rows(
-    rows: Sequence[tuple[str, CanonicalRow]], asked: Sequence[int] | np.ndarray, fraction: float, seed: int
+    rows: Sequence[tuple[str, CanonicalRow]], identities: Sequence[int] | np.ndarray, fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
     """Places of the rows that stay, and of those for validation: drawn by the seed, by label where rows have one each.
 
-    Rows with the same input are on the same side (also those that a mixture repeats): none is in train and in validation.
+    Equal rows (also those that a mixture repeats) are on the same side.
 
     Args:
         rows: the rows.
-        asked: a hash of what a model is asked with in each (N,).
-        fraction: share of the distinct inputs that is drawn.
+        identities: of each row a hash (N,); see `same_row`.
+        fraction: share of the distinct rows that is drawn.
         seed: of the draw.
 
     Raises:
         DataError: one side would be empty.
     """
-    _, first, which = np.unique(np.asarray(asked), return_index=True, return_inverse=True)
+    _, first, which = np.unique(np.asarray(identities), return_index=True, return_inverse=True)
     groups: dict[str, list[int]] = {}
     for place in np.sort(first).tolist():
         label = rows[place][1].get("label", "")

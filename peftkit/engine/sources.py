@@ -225,8 +225,7 @@ def _versions(source: SourceSection, recipe_dir: Path) -> list[str] | None:
     if kind == "saved":
         folder = saved_folder(_folder(source, recipe_dir), source)
         return [f"{path} {_file_hash(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
-    _local_files(source, recipe_dir)
-    return [f"{path} {_file_hash(path)}" for path in find_files(source.path, recipe_dir)]
+    return [f"{file.shown} {_file_hash(Path(file.shown))}" for file in _local_files(source, recipe_dir)]
 
 
 def _file_hash(path: Path) -> str:

@@ -56,10 +56,6 @@ class Stream:
         self._next_step = step + 1
         return list(islice(self._examples, batch_size))
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[list[Example]]:
-        """The checked rows, so many at a time, for what looks at rows before training."""
-        return self.sample.batches(batch_size, seed)
-
     def _encoded(self) -> Iterator[Example]:
         for origin, row in self._shuffled():
             try:

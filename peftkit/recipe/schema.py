@@ -156,6 +156,11 @@ class DataSection(Section):
         {}, description="Further variables of the chat template, such as `enable_thinking: false`; stored with the adapter."
     )
 
+    @property
+    def streams(self) -> bool:
+        """Whether training rows are read while training."""
+        return any(source.streaming for source in self.train)
+
 
 class TrainingSection(Section):
     """How to train. Names and meanings are those of transformers' TrainingArguments, except batch_size."""

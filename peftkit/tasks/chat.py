@@ -151,7 +151,7 @@ class ChatRenderer:
             following = ids[turn.end : turn.end + 1]
             if ids[turn.end - 1] not in self._special and self._special.intersection(following):
                 turn.end += 1  # a block that stops short of its end token: without it nothing learns to stop
-        if turns:
+        if turns and turns[-1].number:
             self._compare_prompt(messages, tools, turns[-1], ids)
         return text, ids
 
@@ -184,6 +184,11 @@ class ChatRenderer:
         text = self._text(messages, tools)
         ids = self.ids(text)
         for turn in turns:
+            if turn.number == 0:
+                raise RowError(
+                    "turn 1 is an assistant turn that answers nothing: where it begins cannot be told, since a template "
+                    "renders no empty conversation; give it `train: false`, or set `train_on: last_turn`"
+                )
             before = self._text(messages[: turn.number], tools, add_generation_prompt=True)
             is_last = turn.number == len(messages) - 1
             through = text if is_last else self._text(messages[: turn.number + 1], tools)

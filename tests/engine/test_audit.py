@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from peftkit.engine.audit import identify
 from peftkit.engine.prepare import split_rows
 from tests.conftest import label_rows, write_jsonl
 from tests.runs import run_cli, tiny_recipe, train
@@ -127,3 +128,23 @@ def test_rows_that_are_left_out_of_a_stream_are_listed(models_dir: Path, tmp_pat
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "data_report.jsonl").read_text().splitlines()]
     assert line["row"].endswith("rows.jsonl:15")
     assert "blank" in line["reason"]
+
+
+def test_many_answers_to_one_prompt_are_rows_of_their_own(models_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, data={"validation": 0.25})
+    write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "write a joke", "output": f"joke {n}"} for n in range(12)])
+    result = run_cli("data", recipe, "--json").json
+    assert [result["splits"][split]["rows"] for split in ("train", "validation")] == [9, 3]
+    assert {line["kind"] for line in result["findings"]} == {"leakage"}  # the prompt is in train too, and that is said
+
+
+def test_answers_to_nothing_are_told_apart() -> None:
+    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in ("one", "two")]
+    assert len({identify(row).asked for row in rows}) == 2
+
+
+def test_one_text_with_two_labels_is_on_one_side(models_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("SEQ_CLS", models_dir, tmp_path, data={"validation": 0.5})
+    rows = [{"text": f"film {number % 6}", "label": "pos" if number < 6 else "neg"} for number in range(12)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert {line["kind"] for line in findings(recipe)} == {"contradiction"}

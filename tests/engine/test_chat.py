@@ -175,6 +175,22 @@ def test_a_template_that_renders_earlier_turns_differently_is_refused_but_for_th
         encode(runtime_of(THINK), ROUNDS)
 
 
+GREETING = [{"role": "assistant", "content": "hello"}, *ROUNDS[:2]]
+
+
+def test_an_answer_to_nothing_is_learned_where_the_template_marks_it() -> None:
+    runtime = runtime_of(GENERATION)
+    assert learned(runtime, encode(runtime, GREETING)) == "hello<|im_end|>two<|im_end|>"
+    assert learned(runtime, encode(runtime, GREETING[:1])) == "hello<|im_end|>"
+
+
+def test_an_answer_to_nothing_is_refused_elsewhere_with_what_to_do() -> None:
+    with pytest.raises(RowError, match=r"turn 1 is an assistant turn that answers nothing.*`train: false`"):
+        encode(runtime_of(CHATML), GREETING)
+    runtime = runtime_of(CHATML)
+    assert learned(runtime, encode(runtime, [GREETING[0] | {"weight": 0.0}, *GREETING[1:]])) == "two<|im_end|>"
+
+
 def test_blocks_that_are_not_one_for_each_answer_are_refused() -> None:
     template = GENERATION.replace("{% for message", "{% generation %}x{% endgeneration %}{% for message", 1)
     with pytest.raises(RowError, match=r"marks 3 part\(s\) .* which has 2 assistant turn"):
