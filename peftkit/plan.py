@@ -15,6 +15,7 @@ from peftkit.tasks import TASKS
 from peftkit.tasks.base import Task
 
 Precision = Literal["no", "bf16", "fp16"]
+RowLayout = Literal["padded", "packed", "end_to_end"]
 MAX_AUTO_MICRO_BATCH = 8
 
 
@@ -59,6 +60,8 @@ class Plan:
         micro_batch_size: sequences per process and forward pass.
         learning_rate: peak learning rate.
         choices: the decisions with their reasons.
+        rows: how the rows of a pass are laid out: padded to one length, packed into sequences of max_length, or all of them
+            end to end in one sequence; decided when the model's modules are known.
     """
 
     recipe: Recipe
@@ -69,6 +72,7 @@ class Plan:
     micro_batch_size: int
     learning_rate: float
     choices: tuple[Choice, ...] = field(default=())
+    rows: RowLayout = "padded"
 
     @property
     def task(self) -> Task:

@@ -12,10 +12,12 @@ from peftkit import console
 from peftkit.engine.audit import identify
 from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import evaluation_lines, score_examples, write_evaluation
+from peftkit.engine.fast import proven_head
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.prepare import same_row, split_rows
 from peftkit.engine.rows import OpenedSplit, RowReader
 from peftkit.engine.sources import sound_rows
+from peftkit.engine.step import Step
 from peftkit.errors import RecipeError
 from peftkit.formats.base import CanonicalRow
 from peftkit.recipe.schema import Recipe, SourceSection
@@ -34,8 +36,15 @@ def evaluate(path: Path, data: Path | None, base: str | None, predictions: Path 
     freeze_date(loaded.runtime.tokenizer, loaded.runtime.settings.template_date)
     examples = encode_rows(loaded.runtime, rows, split, drops=own is not None and own.drops)
     with loaded.inference(), console.progress(len(examples), "evaluating") as advance:
+        facts = loaded.facts
+        learns = loaded.task.learns_tokens
+        head = proven_head(loaded.model, loaded.runtime, examples, facts.mixed_precision, facts.dtype) if learns else None
         results = score_examples(
-            loaded.model, loaded.runtime, examples, batch_size=batch_size, device=loaded.device, on_batch=advance
+            Step(loaded.model, loaded.runtime, head),
+            examples,
+            batch_size=batch_size,
+            device=loaded.device,
+            on_batch=advance,
         )
     metrics = loaded.runtime.summarise(results)
     if (path / "resolved.yaml").is_file():

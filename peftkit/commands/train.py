@@ -138,6 +138,7 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     if accelerator.is_main_process:
         facts = facts_of(plan, base.path, data.encoding, data.formats[0])
         rows = data.held_out.get("validation", data.sample)[:NUM_ROWS]
+        trainer.paths.leave(model)  # the proof is about the plain model
         reference = reference_logits(model, runtime, rows, plan.mixed_precision)
         save_adapter(run.adapter_dir, model, tokenizer, facts, untrained, data.renderings)
         summary["certificate"] = certify(run.adapter_dir, reference, facts, runtime, rows)

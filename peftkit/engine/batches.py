@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from peftkit.engine.packing import best_fit, block_positions
 from peftkit.plan import Plan
@@ -20,11 +21,18 @@ class Layout:
         micro_batch_size: sequences per process and forward pass.
         by_length: whether sequences of like length share a pass.
         pack_length: tokens that a pack may have; None: rows are not packed.
+        end_to_end: whether the rows of a pass are joined to one sequence.
     """
 
     micro_batch_size: int
     by_length: bool = True
     pack_length: int | None = None
+    end_to_end: bool = False
+
+    @property
+    def joins(self) -> bool:
+        """Whether sequences consist of several rows."""
+        return self.pack_length is not None or self.end_to_end
 
     def passes(self, lengths: Sequence[int], num_processes: int = 1, process: int = 0) -> list[Pass]:
         """This process's passes of a step with rows of these lengths: as many in every process, some of them perhaps empty."""
@@ -33,7 +41,8 @@ class Layout:
             sequences.sort(key=lambda places: -sum(lengths[place] for place in places))
         width = self.micro_batch_size * num_processes
         # Dealt like cards, so that a short last chunk is spread over the processes.
-        return [sequences[start : start + width][process::num_processes] for start in range(0, len(sequences), width)]
+        passes = [sequences[start : start + width][process::num_processes] for start in range(0, len(sequences), width)]
+        return [[list(chain(*chosen))] if chosen else [] for chosen in passes] if self.end_to_end else passes
 
     def _packs(self, lengths: Sequence[int]) -> list[list[int]]:
         """As few packs as best fit finds, of the smallest size that so many of them can have: less to pad."""
@@ -52,9 +61,8 @@ class Layout:
 
 def layout_of(plan: Plan, max_length: int) -> Layout:
     """The layout that a plan wants; packs are as long as the longest row may be."""
-    training, data = plan.recipe.training, plan.recipe.data
-    packs = data is not None and data.packing
-    return Layout(plan.micro_batch_size, training.group_by_length, max_length if packs else None)
+    pack_length = max_length if plan.rows == "packed" else None
+    return Layout(plan.micro_batch_size, plan.recipe.training.group_by_length, pack_length, plan.rows == "end_to_end")
 
 
 def fill_rate(lengths: Sequence[Sequence[int]], layout: Layout) -> float:

@@ -32,7 +32,7 @@ def coupled_backward(trainer: Trainer, batches: list[Batch], num_targets: float)
     with torch.no_grad():
         for batch in batches:
             states.append(rng_state())
-            vectors.append(runtime.forward(trainer.wrapped, batch))
+            vectors.append(trainer.wrapped(batch, outputs_only=True))
     labels = [batch["labels"] for batch in batches]
     sizes = [len(part) for part in vectors]
     loss, gradient = _loss_and_gradient(trainer, torch.cat(vectors), runtime.join_labels(labels), num_targets)
@@ -41,7 +41,7 @@ def coupled_backward(trainer: Trainer, batches: list[Batch], num_targets: float)
         set_rng_state(state)  # the same dropout as in the first pass
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(trainer.wrapped):
-            again = runtime.forward(trainer.wrapped, batch)
+            again = trainer.wrapped(batch, outputs_only=True)
             accelerator.backward((again * part).sum() * accelerator.num_processes)
     set_rng_state(after)
     return loss / accelerator.num_processes

@@ -8,45 +8,59 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 
+from peftkit.engine.step import Step
 from peftkit.run import Run, write_json, write_text
-from peftkit.tasks.example import Example, Runtime
+from peftkit.tasks.example import Batch, Example
 
 
 @torch.inference_mode()
 def score_examples(
-    model: nn.Module,
-    runtime: Runtime,
+    step: Step,
     examples: Sequence[Example],
     *,
     batch_size: int,
     device: torch.device,
+    call: Callable[..., torch.Tensor] | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """One small result per example, in their order, gathered from all processes.
 
     Batches hold rows of like length; every process takes its share.
+
+    Args:
+        step: the model with its task.
+        examples: the rows.
+        batch_size: rows a pass.
+        device: where the model is.
+        call: what to call in its place, where it is wrapped.
+        on_batch: told how many rows are done.
     """
     world, rank = 1, 0
     if torch.distributed.is_initialized():
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     mine = sorted(range(rank, len(examples), world), key=lambda index: examples[index].length)
-    was_training = model.training
-    model.eval()
+    was_training = step.training
+    step.eval()
     results = []
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
         chosen = [examples[index] for index in indices]
-        batch = {name: tensor.to(device) for name, tensor in runtime.collate(chosen).items()}
-        scores = runtime.score(runtime.forward(model, batch), batch, chosen)
+        batch = {name: tensor.to(device) for name, tensor in step.runtime.collate(chosen).items()}
+        scores = _scores(step, (call or step)(batch, outputs_only=True), batch, chosen)
         results += [
             {"index": index, "row": example.origin, **score}
             for index, example, score in zip(indices, chosen, scores, strict=True)
         ]
         on_batch(len(indices))
-    model.train(was_training)
+    step.train(was_training)
     return sorted(gather_object(results) if world > 1 else results, key=lambda result: result["index"])
+
+
+def _scores(step: Step, outputs: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    if step.head is None:
+        return step.runtime.score(outputs, batch, examples)
+    return step.runtime.score_states(outputs, batch, step.head.logits)
 
 
 def write_evaluation(run: Run, split: str, metrics: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import score_examples
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.rows import with_system_prompt
+from peftkit.engine.step import Step
 from peftkit.errors import DataError
 from peftkit.formats import FORMATS, detect_format
 from peftkit.formats.base import CanonicalRow, RowError
@@ -104,7 +105,11 @@ def answer_rows(
     if not loaded.task.generates:
         with loaded.inference():
             scores = score_examples(
-                loaded.model, loaded.runtime, examples, batch_size=batch_size, device=loaded.device, on_batch=on_batch
+                Step(loaded.model, loaded.runtime),
+                examples,
+                batch_size=batch_size,
+                device=loaded.device,
+                on_batch=on_batch,
             )
         yield from (loaded.runtime.answer(score) for score in scores)
         return

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.certify import TOLERANCE, largest_difference
+from peftkit.engine.segments import SEGMENTS
 from peftkit.errors import Problem, RecipeError
 from peftkit.recipe.packing import Way, packs_by, why_not_packed
 from peftkit.tasks.example import Batch
@@ -76,6 +77,8 @@ def way_of(model: nn.Module) -> Way:
     """
     config: Any = base_of_adapted(model).config
     facts, attention = config.to_dict(), config._attn_implementation
+    if attention == SEGMENTS:
+        return "rows"
     if reason := why_not_packed(facts, attention):
         raise RecipeError([Problem("", "data.packing", reason)])
     return packs_by(facts, attention)
@@ -91,10 +94,13 @@ def for_model(batch: Batch, model: nn.Module, way: Way) -> dict[str, Any]:
 
     Returns:
         With `positions` the batch as it is. With `mask` the same and `attention_mask`, in what form the model's attention takes
-        it: a tensor (P, 1, T, T), or one for each kind of layer. With `one_sequence` tensors (1, P * T).
+        it: a tensor (P, 1, T, T), or one for each kind of layer. With `one_sequence` and `rows` tensors (1, P * T), the latter
+        with that mask where the model takes it: it then says where rows begin.
     """
-    if way == "one_sequence":
-        return {name: tensor.reshape(1, -1, *tensor.shape[2:]) for name, tensor in batch.items()}
+    if way in ("one_sequence", "rows"):
+        batch = {name: tensor.reshape(1, -1, *tensor.shape[2:]) for name, tensor in batch.items()}
+        by_mask = way == "rows" and packs_by(base_of_adapted(model).config.to_dict()) == "mask"  # type: ignore[operator, union-attr]
+        return for_model(batch, model, "mask") if by_mask else batch
     return batch | {"attention_mask": block_mask(model, batch["position_ids"])} if way == "mask" else batch
 
 
@@ -128,7 +134,7 @@ def prove_packing(model: nn.Module, rows: Sequence[Sequence[int]], forward: Forw
     way, device = way_of(model), next(model.parameters()).device
     chosen = _probes(rows)
     orders = [[*range(first, len(chosen)), *range(first)] for first in range(len(chosen))]
-    with _untouched(model, device):
+    with untouched(model):
         alone = [_logits(model, forward, {"input_ids": torch.tensor([row], device=device)})[0] for row in chosen]
         batch = for_model(_packed(chosen, orders, device), model, way)
         try:
@@ -198,9 +204,9 @@ def _name(model: nn.Module) -> str:
 
 
 @contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random numbers are put back."""
-    training = [module for module in model.modules() if module.training]
+    training, device = [module for module in model.modules() if module.training], next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()

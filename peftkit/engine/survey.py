@@ -10,6 +10,7 @@ from typing import Any
 
 from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.data import Data, load_data
+from peftkit.engine.fast import find_fast_paths
 from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
 from peftkit.engine.prepare import Model
@@ -47,7 +48,10 @@ def survey(loaded: LoadedRecipe, *, date: str | None = None, on_row: Callable[[]
     if plan.task.uses_chat_template and is_default_template(model.tokenizer) and _has_conversations(data):
         reason = "the tokenizer has none: turns begin with `### User:` and the like; stored with the adapter"
         plan = dataclasses.replace(plan, choices=(*plan.choices, Choice("model.chat_template", "default", reason)))
-    return Survey(plan, model.tokenizer, data, draw_blueprint(plan, data.encoding.num_outputs, model.tokenizer))
+    blueprint = draw_blueprint(plan, data.encoding.num_outputs, model.tokenizer)
+    paths = find_fast_paths(plan, blueprint.model)
+    plan = dataclasses.replace(plan, rows=paths.rows, choices=(*plan.choices, *paths.choices))
+    return Survey(plan, model.tokenizer, data, blueprint)
 
 
 def _has_conversations(data: Data) -> bool:

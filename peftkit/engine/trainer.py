@@ -7,10 +7,11 @@ Loss and gradient are then the same for every split of a step into processes, mi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,13 +26,15 @@ from peftkit.engine.checkpoint import Progress, list_checkpoints, load_best, loa
 from peftkit.engine.coupled import coupled_backward
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
+from peftkit.engine.fast import take_fast_paths, without_mask
 from peftkit.engine.hardware import peak_memory_bytes
 from peftkit.engine.hooks import ExtraState, hook
 from peftkit.engine.optim import build_optimizer, build_scheduler
-from peftkit.engine.packing import for_model, prove_packing, way_of
+from peftkit.engine.packing import for_model, way_of
+from peftkit.engine.signals import StopSignal
+from peftkit.engine.step import Step
 from peftkit.errors import NonFiniteError, Stopped
 from peftkit.plan import Plan, num_steps, steps_per_epoch
-from peftkit.recipe.packing import Way
 from peftkit.run import Run
 from peftkit.tasks.example import Example, Runtime
 
@@ -87,21 +90,21 @@ class Trainer:
     def __post_init__(self) -> None:
         self.total_steps = num_steps(self.plan, self.data.train.num_rows) if trained_parameters(self.model) else 0
         self.per_epoch = steps_per_epoch(self.plan, self.data.train.num_rows)
-        self.layout = layout_of(self.plan, self.data.encoding.max_length)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(self.model, self.plan)
         self.scheduler = build_scheduler(optimizer, self.plan, self.total_steps)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.packing_way: Way | None = None
-        if self.layout.pack_length is not None:
-            self.packing_way = way_of(self.model)
-            prove_packing(self.model, [row.inputs["input_ids"] for row in self.data.sample[:3]], self.runtime.forward)
+        self.model.to(self.accelerator.device)
+        self.paths = take_fast_paths(self.plan, self.model, self.runtime, self.data.sample[:3], self.reporter.note)
+        self.layout = layout_of(dataclasses.replace(self.plan, rows=self.paths.rows), self.data.encoding.max_length)
+        self.packing_way = way_of(self.model) if self.layout.joins else None
+        self.step = Step(self.model, self.runtime, self.paths.head, self.plan.recipe.training.label_smoothing_factor)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.step, optimizer)
         self.parts: dict[str, Any] = {"optimizer": self.optimizer, "scheduler": self.scheduler}
         if hook(self.plan.method, "extra_state"):
             self.parts["adapter"] = ExtraState(self.plan.method, self.model)
         if self.accelerator.scaler is not None:
             self.parts["scaler"] = self.accelerator.scaler
-        self.stop_signal = 0
+        self.stop_signal = StopSignal()
         self.skipped_steps = 0
         self.last_loss: float | None = None
         self.holds_best = False
@@ -130,7 +133,7 @@ class Trainer:
             self._evaluate_and_compare()
         self.reporter.start(self.total_steps, self.progress.step)
         try:
-            with self._signals(), self._neftune():
+            with self.stop_signal.heard(), self._neftune():
                 self.wrapped.train()
                 while self.progress.step < self.total_steps and not self.progress.stopped_early:
                     self._one_step()
@@ -188,9 +191,8 @@ class Trainer:
         passes = self.layout.passes(lengths, accelerator.num_processes, accelerator.process_index)
         # More processes than rows are left: take part in the backward pass with a loss of zero.
         idle = [rows[0].without_targets()]
-        packs = self.layout.pack_length is not None
         chosen = [[[rows[place] for place in places] for places in sequences] or [idle] for sequences in passes]
-        return [[join(pack) if packs else pack[0] for pack in chunk] for chunk in chosen]
+        return [[join(pack) if self.layout.joins else pack[0] for pack in chunk] for chunk in chosen]
 
     def _separate_losses(self, chunks: list[list[Example]], num_targets: float) -> list[torch.Tensor]:
         """Each micro-batch's share of the loss, with its gradient; a method's own terms are trained on but not reported."""
@@ -199,8 +201,7 @@ class Trainer:
             last = number == len(chunks) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 batch = self._batch(chunk)
-                outputs = self.runtime.forward(self.wrapped, batch)
-                loss = self.loss_sum(outputs, batch["labels"]) / num_targets
+                loss = self.wrapped(batch) / num_targets
                 trained_on = loss + self._method_terms(batch, num_targets, last=last)
                 # DDP averages gradients over processes, but a sum of shares is wanted.
                 accelerator.backward(trained_on * accelerator.num_processes)
@@ -223,6 +224,7 @@ class Trainer:
     def _batch(self, chunk: list[Example]) -> dict[str, torch.Tensor]:
         """A micro-batch on the device, packed rows in the form that the model takes."""
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in self.runtime.collate(chunk).items()}
+        batch = without_mask(batch) if self.paths.drops_mask else batch
         return batch if self.packing_way is None else for_model(batch, self.model, self.packing_way)
 
     def _update(self, rows: list[Example]) -> float:
@@ -296,7 +298,7 @@ class Trainer:
             if due or step == self.total_steps:
                 self._evaluate_and_compare()
         due = step % training.save_steps == 0 if training.save_steps else ends
-        signal_number = self._agreed_signal()
+        signal_number = self.stop_signal.agreed(self.accelerator)
         if due or signal_number or step == self.total_steps or self.progress.stopped_early:
             save_checkpoint(self.run, self.model, self.parts, self.progress, training.save_total_limit)
             self._write_status()
@@ -307,13 +309,14 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, Any]:
         """Evaluate one split with the weights that are in the model, and write it down."""
         settings = self.plan.recipe.evaluation
-        results = score_examples(
-            self.wrapped,
-            self.runtime,
-            self.data.held_out[split][: settings.max_rows],
-            batch_size=settings.batch_size,
-            device=self.accelerator.device,
-        )
+        with self.accelerator.autocast():
+            results = score_examples(
+                self.step,
+                self.data.held_out[split][: settings.max_rows],
+                batch_size=settings.batch_size,
+                device=self.accelerator.device,
+                call=self.wrapped,
+            )
         metrics = self.runtime.summarise(results)
         numbers = flat_metrics(metrics)
         line = {"step": self.weights_step, "split": split, "metrics": numbers}
@@ -370,30 +373,3 @@ class Trainer:
         finally:
             handle.remove()
             del embeddings.neftune_noise_alpha
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first SIGINT ask for a checkpoint at the next step; a second SIGINT stops at once."""
-
-        def remember(number: int, frame: Any) -> None:
-            if number == self.stop_signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        old: dict[signal.Signals, Callable[..., Any] | int | None] = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not the main thread: no signals there
-                old[number] = signal.signal(number, remember)
-        try:
-            yield
-        finally:
-            for restored, handler in old.items():
-                signal.signal(restored, handler)
-
-    def _agreed_signal(self) -> int:
-        """The signal that any process got, known to all of them."""
-        if self.accelerator.num_processes == 1:
-            return self.stop_signal
-        flag = torch.tensor(self.stop_signal, device=self.accelerator.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)

@@ -1,10 +1,11 @@
 """Which models keep packed rows apart, known from config.json alone: what every causal model of transformers 5.23 was tried on.
 
-A packed batch has rows end to end, position ids that start again at 0 with every row, and no attention mask. There are three
-ways in which a model then keeps the rows apart, and models for which there is none:
+A packed batch has rows end to end, position ids that start again at 0 with every row, and no attention mask. There are
+four ways in which a model then keeps the rows apart, and models for which there is none:
 
 - `positions`: the model builds a block-diagonal mask (sliding windows and chunks within each row) from the position ids.
 - `mask`: it does not, but takes the same mask ready made.
+- `rows`: `engine.segments` takes the place of the kernel in either case and runs it on one row after the other.
 - `one_sequence`: flash attention takes no mask; transformers finds the rows by the position ids, in one single sequence only.
   With two or more it lets rows see each other, so the packs of a micro-batch must lie end to end.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Way = Literal["positions", "mask", "one_sequence", ""]
+Way = Literal["positions", "mask", "one_sequence", "rows", ""]
 
 _RECURRENT = "its recurrent or convolutional layers carry what they read from one row into the next"
 _OWN_POSITIONS = "it counts positions and builds its mask by itself, without regard to where a row starts"

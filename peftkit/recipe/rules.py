@@ -57,7 +57,7 @@ def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[
 
 
 def _packing(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Finding]:
-    if recipe.data is None or not recipe.data.packing or not TASKS[recipe.task].packs:
+    if recipe.data is None or recipe.data.packing is not True or not TASKS[recipe.task].packs:
         return
     from peftkit.recipe.packing import why_not_packed  # its tables are read where rows are packed
 

@@ -124,10 +124,11 @@ class DataSection(Section):
     on_bad_row: Literal["error", "drop"] = Field(
         "error", description="What to do with rows that cannot be trained on: stop, or leave them out, counted and listed."
     )
-    packing: bool = Field(
-        False,
-        description="Lay the rows of a step end to end instead of padding them (CAUSAL_LM): the same loss, without work on "
-        "padding. Rows never see each other.",
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Lay rows end to end instead of padding them (CAUSAL_LM): the same loss, without work on padding. Rows "
+        "never see each other. true: the rows of a step in sequences of max_length; auto: those of a pass in one sequence, "
+        "where the model's attention can run row by row.",
     )
     cache: bool = Field(True, description="Keep tokenised rows (in the hub's cache folder) for the next start.")
     audit_rows: PositiveInt = Field(
@@ -218,6 +219,11 @@ class TrainingSection(Section):
     group_by_length: bool = Field(
         True,
         description="Within a step, put rows of like length into one forward pass: less padding, the same rows and loss.",
+    )
+    fast_paths: bool = Field(
+        True,
+        description="Take shorter ways to the same numbers, each proven on the model before the first step: logits at targets "
+        "alone, attention row by row, layers in fewer passes over memory.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."

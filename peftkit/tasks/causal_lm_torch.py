@@ -12,7 +12,7 @@ from peftkit.formats.base import CanonicalRow, RowError
 from peftkit.formats.pretokenized import check_aligned
 from peftkit.tasks.chat import ChatRenderer
 from peftkit.tasks.encoding import Encoding
-from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View, fit_length
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, LogitsOf, View, fit_length
 from peftkit.tasks.language_torch import join_weights, score_tokens, strip_end, summarise_tokens, token_loss_sum
 from peftkit.tasks.runtime_torch import BaseRuntime, check_ids, pad, pad_inputs
 
@@ -132,17 +132,28 @@ class Runtime(BaseRuntime):
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits (B, T, V)."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        logits: torch.Tensor = model(**self.inputs(model, batch)).logits
         return logits
 
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """All but the labels, which the model would take a loss of."""
+        return {name: tensor for name, tensor in batch.items() if name != "labels"} | {"use_cache": False}
+
+    def align(self, outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position t predicts token t + 1."""
+        return outputs[:, :-1], labels[:, 1:]
+
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Sum over the targets; position t predicts token t + 1. Logits (B, T, V)."""
-        return token_loss_sum(logits[:, :-1], labels[:, 1:], label_smoothing)
+        """Sum over the targets. Logits (B, T, V)."""
+        return token_loss_sum(*self.align(logits, labels), label_smoothing)
 
     def score(self, logits: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Token results per row."""
-        return score_tokens(logits[:, :-1], batch["labels"][:, 1:], self.tokenizer)
+        return self.score_states(logits, batch, lambda part: part)
+
+    def score_states(self, states: torch.Tensor, batch: Batch, logits_of: LogitsOf) -> list[dict[str, Any]]:
+        """Token results per row."""
+        return score_tokens(*self.align(states, batch["labels"]), self.tokenizer, logits_of)
 
     def generation_batch(self, examples: Sequence[Example]) -> Batch:
         """Left-padded prompts: the answer starts right after them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -116,6 +116,7 @@ class View:
 
 
 Batch = dict[str, "torch.Tensor"]
+LogitsOf = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 class Runtime(Protocol):
@@ -159,12 +160,24 @@ class Runtime(Protocol):
         """Outputs of a batch: logits (B, T, V), (N, T, C) or (B, C), or vectors (N, D)."""
         ...
 
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """The model's arguments for a batch, none of which makes it compute a loss; for tasks that learn tokens."""
+        ...
+
+    def align(self, outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs (B, T, ...) and the labels (B, T) or (B, T, 2) that they predict; for tasks that learn tokens."""
+        ...
+
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Sum (not mean) of the loss over the batch's targets, in float32; shape ()."""
         ...
 
     def join_labels(self, labels: Sequence[torch.Tensor]) -> torch.Tensor:
         """Labels of several batches as those of one, in order; for losses that couple rows."""
+        ...
+
+    def score_states(self, states: torch.Tensor, batch: Batch, logits_of: LogitsOf) -> list[dict[str, Any]]:
+        """`score` from hidden states (B, T, D) and what makes logits (N, V) of (N, D); for tasks that learn tokens."""
         ...
 
     def score(self, logits: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:

@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.example import IGNORE_INDEX, Example
+from peftkit.tasks.example import IGNORE_INDEX, Example, LogitsOf
+
+_SCORED_TOGETHER = 128  # positions whose logits are in memory together
 
 
 def split_labels(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -48,24 +50,42 @@ def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: 
     return (losses * weights[wanted]).sum()
 
 
-def score_tokens(logits: torch.Tensor, labels: torch.Tensor, tokenizer: Any) -> list[dict[str, Any]]:
-    """Per row: loss (weighted sum), weight of the targets, their number, right ones, and what the model would have said."""
+def score_tokens(states: torch.Tensor, labels: torch.Tensor, tokenizer: Any, logits_of: LogitsOf) -> list[dict[str, Any]]:
+    """Per row: loss (weighted sum), weight of the targets, their number, right ones, and what the model would have said.
+
+    Args:
+        states: hidden states (B, T, D), aligned with `labels`.
+        labels: (B, T), or (B, T, 2) with weights.
+        tokenizer: the model's.
+        logits_of: hidden states (N, D) -> logits (N, V); a few positions at a time are asked for.
+    """
     results = []
-    for row_logits, row_labels in zip(logits, labels, strict=True):
+    for row_states, row_labels in zip(states, labels, strict=True):
         targets, weights = split_labels(row_labels[None])
         wanted = targets[0] != IGNORE_INDEX
-        ids, guesses = targets[0][wanted], row_logits[wanted].argmax(-1)
-        loss = token_loss_sum(row_logits[None], row_labels[None], 0.0) if len(ids) else torch.zeros(())
+        ids = targets[0][wanted]
+        losses, guesses = _each_token(row_states[wanted], ids, logits_of)
+        weight = torch.ones_like(losses) if weights is None else weights[0][wanted].to(losses)
         results.append(
             {
-                "loss_sum": float(loss.detach()),
-                "num_targets": len(ids) if weights is None else float(weights[0][wanted].sum()),
+                "loss_sum": float((losses * weight).sum()),
+                "num_targets": len(ids) if weights is None else float(weight.sum()),
                 "num_tokens": len(ids),
                 "num_correct": int((guesses == ids).sum()),
                 "next_token_prediction": tokenizer.decode(guesses, skip_special_tokens=True),
             }
         )
     return results
+
+
+def _each_token(states: torch.Tensor, ids: torch.Tensor, logits_of: LogitsOf) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy (N,) of every target, and the likeliest tokens (N,)."""
+    losses, guesses = [torch.zeros(0, device=ids.device)], [ids[:0]]
+    for part, targets in zip(states.split(_SCORED_TOGETHER), ids.split(_SCORED_TOGETHER), strict=True):
+        logits = logits_of(part).detach().float()
+        losses.append(functional.cross_entropy(logits, targets, reduction="none"))
+        guesses.append(logits.argmax(-1))
+    return torch.cat(losses), torch.cat(guesses)
 
 
 def summarise_tokens(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from peftkit.errors import LoadError
 from peftkit.formats.base import RowError
 from peftkit.tasks.encoding import Encoding
-from peftkit.tasks.example import Batch, Example, View
+from peftkit.tasks.example import Batch, Example, LogitsOf, View
 
 # Any text will do: what counts is that both models see the same.
 PROBE_TEXTS = (
@@ -69,6 +69,18 @@ class BaseRuntime:
         """The model's logits."""
         logits: torch.Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return logits
+
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Most tasks learn no tokens."""
+        raise TypeError("this task learns no tokens")
+
+    def align(self, outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most tasks learn no tokens."""
+        raise TypeError("this task learns no tokens")
+
+    def score_states(self, states: torch.Tensor, batch: Batch, logits_of: LogitsOf) -> list[dict[str, Any]]:
+        """Most tasks learn no tokens."""
+        raise TypeError("this task learns no tokens")
 
     def join_labels(self, labels: Sequence[torch.Tensor]) -> torch.Tensor:
         """One batch's labels after the other's."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peftkit.formats.base import RowError
-from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View, fit_length
+from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, LogitsOf, View, fit_length
 from peftkit.tasks.language_torch import flat_messages, score_tokens, summarise_tokens, token_loss_sum
 from peftkit.tasks.runtime_torch import BaseRuntime, check_ids, pad, pad_inputs
 
@@ -67,8 +67,20 @@ class Runtime(BaseRuntime):
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits (B, T, V) of the decoder; the labels make its inputs."""
-        logits: torch.Tensor = model(**batch, use_cache=False).logits
+        logits: torch.Tensor = model(**self.inputs(model, batch)).logits
         return logits
+
+    def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Decoder inputs in place of the labels, where the model's class can make them: it would take a loss of labels."""
+        inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"} | {"use_cache": False}
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:
+            return inputs | {"labels": batch["labels"]}
+        return inputs | {"decoder_input_ids": shift(labels=batch["labels"])}
+
+    def align(self, outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoder position t predicts label t."""
+        return outputs, labels
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Sum over the targets; decoder position t predicts label t. Logits (B, T, V), labels (B, T)."""
@@ -76,7 +88,11 @@ class Runtime(BaseRuntime):
 
     def score(self, logits: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Token results per row."""
-        return score_tokens(logits, batch["labels"], self.tokenizer)
+        return self.score_states(logits, batch, lambda part: part)
+
+    def score_states(self, states: torch.Tensor, batch: Batch, logits_of: LogitsOf) -> list[dict[str, Any]]:
+        """Token results per row."""
+        return score_tokens(states, batch["labels"], self.tokenizer, logits_of)
 
     def generation_batch(self, examples: Sequence[Example]) -> Batch:
         """Right-padded prompts for the encoder."""

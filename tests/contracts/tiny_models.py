@@ -29,25 +29,38 @@ SIZES: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, **_POSITIONS},
     "electra": _BERT | _POSITIONS | {"embedding_size": 16},
     "falcon": _BERT | {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
+    "cohere": _LLAMA | _POSITIONS,
+    "gemma": _LLAMA | _POSITIONS,
     "gemma2": _LLAMA | _POSITIONS,
+    "gemma3_text": _LLAMA | _POSITIONS,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_neox": _BERT | _POSITIONS,
+    "gpt_oss": _LLAMA | _POSITIONS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": _LLAMA | _POSITIONS,
     "llama": _LLAMA | _POSITIONS,
     "mistral": _LLAMA | _POSITIONS,
     "mixtral": _LLAMA | _POSITIONS | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "modernbert": _BERT | _POSITIONS | {"global_attn_every_n_layers": 2, "local_attention": 16},
     "mpnet": _BERT | _POSITIONS,
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256},
+    "olmo2": _LLAMA | _POSITIONS,
     "opt": {
         "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32,
         **_POSITIONS,
     },
+    "phi": _BERT | _POSITIONS,
     "qwen2": _LLAMA | _POSITIONS,
+    "qwen3": _LLAMA | _POSITIONS,
     "qwen3_moe": _LLAMA | _POSITIONS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "roberta": _BERT | _POSITIONS,
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
 }  # fmt: skip
-DECODERS = ("bloom", "falcon", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3_moe")
+DECODERS = (
+    "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite",
+    "llama", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi", "qwen2", "qwen3", "qwen3_moe",
+)  # fmt: skip
 _NO_DROPOUT = ("dropout", "pdrop", "drop_rate", "drop_prob")
 
 

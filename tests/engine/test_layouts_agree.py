@@ -79,7 +79,7 @@ def test_a_model_that_lets_rows_see_each_other_is_refused_before_the_first_step(
 
         return prove_packing(model, rows, without_positions)
 
-    monkeypatch.setattr("peftkit.engine.trainer.prove_packing", leaking)
+    monkeypatch.setattr("peftkit.engine.fast.prove_packing", leaking)
     result = cli("train", recipe, "--output", tmp_path / "run")
     assert result.code == 2
     assert "does not keep packed rows apart" in result.err

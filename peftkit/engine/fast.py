@@ -1,0 +1,232 @@
+"""Shorter ways to the same numbers: which of them a run takes and why, and the proof on the model itself.
+
+What they are is told from the model's modules and config, on the meta device as well, so that `plan` shows them. With weights
+each is compared with the plain way on rows of the run; one that differs is not taken, and the run says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkit.engine.adapter import base_of_adapted
+from peftkit.engine.certify import TOLERANCE
+from peftkit.engine.fused import fusable, fuse, separate
+from peftkit.engine.hardware import autocast
+from peftkit.engine.packing import prove_packing, untouched
+from peftkit.engine.segments import SEGMENTS
+from peftkit.engine.token_loss import Head, find_head
+from peftkit.errors import RecipeError
+from peftkit.plan import Choice, Plan, RowLayout
+from peftkit.recipe.packing import packs_by, why_not_packed
+from peftkit.tasks.example import Batch, Example, Runtime
+
+_REFUSALS = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError, NotImplementedError)
+_MOST_TOKENS = 48
+_COMPUTED = {"no": "", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """The ways that a run takes.
+
+    Attributes:
+        rows: how the rows of a pass are laid out.
+        by_row: whether attention runs on one row after the other.
+        head: where the loss is taken from hidden states; None: from whole logits.
+        drops_mask: whether right-padded rows go without a mask.
+        fused: kind and module of layers with a shorter forward.
+        choices: all of this in words, with reasons.
+        attention: the model's own attention kernel.
+    """
+
+    rows: RowLayout
+    by_row: bool
+    head: Head | None
+    drops_mask: bool
+    fused: tuple[tuple[str, nn.Module], ...]
+    choices: tuple[Choice, ...]
+    attention: str = ""
+
+    def leave(self, model: nn.Module) -> None:
+        """Give a model that took these ways its own back."""
+        for _, module in self.fused:
+            separate(module)
+        base_of_adapted(model).set_attn_implementation(self.attention)  # type: ignore[operator]
+
+
+def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
+    """What a plan and the modules of its (adapted) model allow, weights or not."""
+    rows, by_row, layout = _row_layout(plan, model)
+    base: Any = base_of_adapted(model)
+    attention: str = base.config._attn_implementation
+    if not plan.recipe.training.fast_paths:
+        return FastPaths(rows, by_row, None, False, (), (layout,), attention)
+    choices = [layout]
+    head = find_head(model) if plan.task.learns_tokens else None
+    if plan.task.learns_tokens:
+        why = "logits at targets alone, a chunk at a time" if head else "the model names no output layer"
+        choices.append(Choice("fast: loss", "from hidden states" if head else "whole logits", why))
+    drops_mask = rows == "padded" and plan.task.packs
+    if drops_mask:
+        choices.append(Choice("fast: mask", "none", "what a causal model sees of a row never lies behind it, in the padding"))
+    fused = tuple(fusable(model))
+    if fused:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in fused).items())
+        choices.append(Choice("fast: layers", kinds, "in fewer passes over memory, with less kept for the backward pass"))
+    return FastPaths(rows, by_row, head, drops_mask, fused, tuple(choices), attention)
+
+
+def _row_layout(plan: Plan, model: nn.Module) -> tuple[RowLayout, bool, Choice]:
+    """How rows are laid out, and whether attention runs row by row."""
+    packing, attention = plan.recipe.data.packing if plan.recipe.data else False, plan.recipe.model.attn_implementation
+    config = base_of_adapted(model).config.to_dict()  # type: ignore[operator, union-attr]
+    why = why_not_packed(config, attention) or plan.method.why_not_packed(plan.recipe.adapter)
+    why = why if plan.task.packs else f"a row of {plan.task.name} is a sequence of its own"
+    one_sequence = not why and packs_by(config, attention) == "one_sequence"
+    by_row = not why and attention in (None, "sdpa") and plan.recipe.training.fast_paths and takes_segments(model)
+    kernel = "attention runs on one row after the other" if by_row else f"{attention} takes rows of any length"
+    if packing is True:
+        return "packed", by_row, Choice("data.packing", True, kernel if by_row or one_sequence else "a mask keeps rows apart")
+    if packing == "auto" and (by_row or one_sequence):
+        return "end_to_end", by_row, Choice("data.packing", "rows of a pass end to end", f"no padding; {kernel}")
+    reason = why or ("as the recipe has it" if packing is False else "one mask for all rows costs more than padding does")
+    return "padded", False, Choice("data.packing", False, reason)
+
+
+def takes_segments(model: nn.Module) -> bool:
+    """Whether a model's layers ask transformers for their attention, so that it can run row by row."""
+    base: Any = base_of_adapted(model)
+    own = base.config._attn_implementation
+    try:
+        base.set_attn_implementation(SEGMENTS)
+        return bool(base.config._attn_implementation == SEGMENTS)
+    except _REFUSALS:
+        return False
+    finally:
+        base.set_attn_implementation(own)
+
+
+def take_fast_paths(
+    plan: Plan, model: nn.Module, runtime: Runtime, examples: Sequence[Example], note: Callable[[str], None]
+) -> FastPaths:
+    """Find the ways, prove each on the model, and leave the model ready for those that hold.
+
+    Args:
+        plan: the plan.
+        model: the model with its adapter and weights, on its device.
+        runtime: the task on tensors.
+        examples: a few rows of the run.
+        note: told of every way that is not taken after all.
+
+    Raises:
+        RecipeError: the recipe asks for packed rows, and the model does not keep them apart.
+    """
+    paths = find_fast_paths(plan, model)
+    paths = replace(paths, rows=_proven_layout(paths, model, runtime, examples, note))
+    if paths.head is None and not paths.fused and not paths.drops_mask:
+        return paths
+    device = next(model.parameters()).device
+    cut = [_cut(example) for example in examples] if plan.task.packs else examples
+    batch = {name: tensor.to(device) for name, tensor in runtime.collate(cut).items()}
+    with untouched(model), autocast(device.type, plan.mixed_precision):
+        plain = runtime.forward(model, batch)
+        same = functools.partial(_is_same, plain, _tolerance(plan.mixed_precision, plan.dtype))
+        for kind in dict(paths.fused):
+            _fuse_if_same(paths, kind, lambda: same(runtime.forward(model, batch)), note)
+        head, drops_mask = paths.head, paths.drops_mask
+        if head is not None and not same(_from_states(head, model, runtime, batch)):
+            note("the loss is taken from whole logits: hidden states give others")
+            head = None
+        if drops_mask and not same(runtime.forward(model, without_mask(batch)), where=batch["attention_mask"].bool()):
+            note("rows keep their padding mask: without it logits are others")
+            drops_mask = False
+    return replace(paths, head=head, drops_mask=drops_mask)
+
+
+def _fuse_if_same(paths: FastPaths, kind: str, is_same: Callable[[], bool], note: Callable[[str], None]) -> None:
+    modules = [module for name, module in paths.fused if name == kind]
+    for module in modules:
+        fuse(kind, module)
+    if not is_same():
+        note(f"the {kind} keep their own forward: the shorter one gives other logits")
+        for module in modules:
+            separate(module)
+
+
+def _proven_layout(
+    paths: FastPaths, model: nn.Module, runtime: Runtime, examples: Sequence[Example], note: Callable[[str], None]
+) -> RowLayout:
+    if paths.rows == "padded":
+        return "padded"
+    base: Any = base_of_adapted(model)
+    own = base.config._attn_implementation
+    if paths.by_row:
+        base.set_attn_implementation(SEGMENTS)
+    try:
+        prove_packing(model, [example.inputs["input_ids"] for example in examples], runtime.forward)
+    except RecipeError as error:
+        base.set_attn_implementation(own)
+        if paths.rows == "packed":
+            raise
+        note(f"rows are padded, not laid end to end: {error}")
+        return "padded"
+    return paths.rows
+
+
+def proven_head(model: nn.Module, runtime: Runtime, examples: Sequence[Example], precision: str, dtype: str) -> Head | None:
+    """The output layer, where the first row's logits come out the same from hidden states; for tasks that learn tokens.
+
+    Args:
+        model: the model, in evaluation mode; the caller sets autocast.
+        runtime: the task on tensors.
+        examples: rows to evaluate.
+        precision: autocast, in accelerate's words.
+        dtype: of the weights.
+    """
+    head = find_head(model) if examples else None
+    if head is None:
+        return None
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in runtime.collate(examples[:1]).items()}
+    plain = runtime.forward(model, batch)
+    return head if _is_same(plain, _tolerance(precision, dtype), _from_states(head, model, runtime, batch)) else None
+
+
+def _tolerance(precision: str, dtype: str) -> float:
+    return TOLERANCE.get(_COMPUTED[precision] or dtype, TOLERANCE["bfloat16"])
+
+
+def without_mask(batch: Batch) -> Batch:
+    """A batch whose right padding no causal model sees, masked or not."""
+    return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+
+
+def _cut(example: Example) -> Example:
+    """The first tokens of a row."""
+    inputs = {name: values[:_MOST_TOKENS] for name, values in example.inputs.items()}
+    weights = example.weights[:_MOST_TOKENS] if example.weights else None
+    return replace(example, inputs=inputs, labels=example.labels[:_MOST_TOKENS], weights=weights)
+
+
+def _from_states(head: Head, model: nn.Module, runtime: Runtime, batch: Batch) -> torch.Tensor | None:
+    try:
+        return head.logits(head.states(model, runtime.inputs(model, batch)))
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS:
+        return None
+
+
+def _is_same(plain: torch.Tensor, tolerance: float, outputs: torch.Tensor | None, *, where: torch.Tensor | None = None) -> bool:
+    """Whether outputs are the plain ones, up to rounding; `where` (B, T) chooses positions."""
+    if outputs is None or outputs.shape != plain.shape:
+        return False
+    left, right = (plain, outputs) if where is None else (plain[where], outputs[where])
+    return bool((left - right).abs().max() <= tolerance * left.abs().max())

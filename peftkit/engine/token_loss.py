@@ -1,0 +1,168 @@
+"""Loss and scores from hidden states: logits at targets alone, a chunk at a time, so that the matrix of all logits never is.
+
+The hidden states are taken where they enter the model's own output layer. Each chunk's logits give their loss and, at once,
+their gradient by the hidden states (and by the output layer, where that is trained); then they are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkit.engine.adapter import base_of_adapted
+
+# Bytes of a chunk's logits in float32: on the CPU they should stay in its cache, on a GPU the product should be worth a launch.
+_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where a language model turns hidden states into logits.
+
+    Attributes:
+        module: its output layer, adapted or not.
+        finish: what the model does to the layer's output: soft-capping, scaling, a bias.
+        num_logits: size of the vocabulary.
+    """
+
+    module: nn.Module
+    finish: Callable[[torch.Tensor], torch.Tensor]
+    num_logits: int
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) of hidden states (N, D)."""
+        return self.finish(self.module(states))
+
+    def states(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Hidden states (B, T, D) of a model's inputs: what its output layer would see, which is not run."""
+        seen: list[torch.Tensor] = []
+        with _replaced(self.module, seen):
+            model(**inputs)
+        if len(seen) != 1:
+            raise ValueError(f"the output layer was used {len(seen)} times")
+        return seen[0]
+
+    def chunk_size(self, device: str) -> int:
+        """Hidden states whose logits are computed together."""
+        return max(16, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * self.num_logits))
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, seen: list[torch.Tensor]) -> Iterator[None]:
+    """The module keeps what comes in and returns logits of no position."""
+    own = module.__dict__.get("forward")
+
+    def keep(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(states)
+        return states[:, :0, :1]
+
+    module.forward = keep
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def find_head(model: Any) -> Head | None:
+    """The output layer of a language model, adapted or not; None where it has none that can be used alone."""
+    base: Any = base_of_adapted(model)
+    module = base.get_output_embeddings()
+    if module is None:
+        return None
+    config = base.config.get_text_config(decoder=True)
+    return Head(module, _finish_of(base, config), config.vocab_size)
+
+
+def _finish_of(base: Any, config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the models of transformers 5.23 do after their output layer, as far as their config and buffers say."""
+    cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
+    divisor, bias = getattr(config, "logits_scaling", None), getattr(base, "final_logits_bias", None)
+
+    def finish(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits if bias is None else logits + bias.to(logits.device)
+        logits = logits * scale if isinstance(scale, float | int) else logits
+        logits = logits / divisor if divisor else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return finish
+
+
+def chunked_loss(
+    states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, head: Head, label_smoothing: float
+) -> torch.Tensor:
+    """Sum of cross-entropy, the same as `token_loss_sum` of whole logits.
+
+    Args:
+        states: (N, D), one hidden state for each target.
+        targets: (N,) token ids.
+        weights: (N,) of the targets; None: 1.
+        head: the output layer.
+        label_smoothing: mass spread over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567, section 7).
+    """
+    trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
+    return _ChunkedLoss.apply(states, targets, weights, head, label_smoothing, *trained)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        head: Head,
+        smoothing: float,
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss; gradients are computed here, chunk by chunk, and scaled in the backward pass."""
+        size = head.chunk_size(states.device.type)
+        total = torch.zeros((), device=states.device)
+        of_states, of_trained = torch.empty_like(states), [torch.zeros_like(parameter) for parameter in trained]
+        for start in range(0, len(states), size):
+            part = slice(start, start + size)
+            with torch.enable_grad():
+                chunk = states[part].detach().requires_grad_(True)
+                logits = head.logits(chunk)
+            loss, gradient = loss_and_gradient(
+                logits.detach().float(), targets[part], None if weights is None else weights[part], smoothing
+            )
+            total += loss
+            of_chunk, *others = torch.autograd.grad(logits, [chunk, *trained], gradient.to(logits.dtype), allow_unused=True)
+            of_states[part] = of_chunk
+            for kept, new in zip(of_trained, others, strict=True):
+                kept.add_(new if new is not None else 0.0)
+        ctx.save_for_backward(of_states, *of_trained)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """What was computed, times the gradient of the loss."""
+        of_states, *of_trained = ctx.saved_tensors
+        scale = gradients[0]
+        return of_states * scale, None, None, None, None, *(kept * scale for kept in of_trained)
+
+
+def loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross-entropy of logits (N, V) in float32, and its gradient by them."""
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    places = targets[:, None]
+    losses = log_probabilities.gather(1, places)[:, 0].mul(smoothing - 1.0)
+    if smoothing:
+        losses -= smoothing * log_probabilities.mean(dim=-1)
+    gradient = log_probabilities.exp_()
+    if smoothing:
+        gradient -= smoothing / logits.shape[-1]
+    gradient.scatter_add_(1, places, torch.full_like(places, smoothing - 1.0, dtype=gradient.dtype))
+    if weights is not None:
+        losses, gradient = losses * weights, gradient.mul_(weights[:, None])
+    return losses.sum(), gradient
