@@ -7,6 +7,8 @@ other: the same numbers, for the sum of the rows' squares instead of the square 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 from typing import Any
 
@@ -36,7 +38,8 @@ def segments_mask(
     sees_previous = mask_function(zero, zero, places, places - 1)
     starts = torch.cat([places.new_zeros(1), places[~sees_previous], places.new_full((1,), q_length)])
     window = options.get("local_size") or 0
-    return torch.cat([starts.new_full((1,), window), starts.diff()]).view(1, 1, 1, -1)
+    lengths = torch.cat([starts.new_full((1,), window), starts.diff()])
+    return lengths.view(1, 1, 1, -1).cpu()  # read by every layer: one wait for the device, not one a layer
 
 
 def segments_attention(
@@ -63,12 +66,49 @@ def segments_attention(
         mask = _additive(attention_mask, query, key) if additive else attention_mask
         return attend(module, query, key, value, mask, dropout=dropout, **options)
     window, *lengths = attention_mask.flatten().tolist()
+    if _has_kernel_of_rows(query, dropout, additive):
+        return _all_rows(query, key, value, lengths, window, options.get("scaling")), None
     outputs = []
     for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
         mask = _banded(q, window) if 0 < window < q.shape[2] else None
         mask = _additive(mask, q, k) if additive else mask
         outputs.append(attend(module, q, k, v, mask, dropout=dropout, **options)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _has_kernel_of_rows(query: torch.Tensor, dropout: float, additive: bool) -> bool:
+    """Whether torch's flash attention for rows of different lengths takes these: CUDA and 16 bits."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and not additive
+
+
+def _all_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], window: int, scale: float | None
+) -> torch.Tensor:
+    """All rows by one launch of that kernel; arguments and result as of `segments_attention`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    places = _places(tuple(lengths), query.device)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seq_q=places,
+        cu_seq_k=places,
+        max_q=max(lengths),
+        max_k=max(lengths),
+        scale=scale,
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)
+    return output[None]  # (1, N, H, D)
+
+
+@functools.lru_cache(maxsize=1)
+def _places(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where each row begins, and where the last one ends."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _attention_of(module: nn.Module, options: dict[str, Any]) -> Any:

@@ -7,7 +7,8 @@ their gradient by the hidden states (and by the output layer, where that is trai
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from peftkit.engine.adapter import base_of_adapted
+from peftkit.tasks.example import IGNORE_INDEX
 
 # Bytes of a chunk's logits in float32: on the CPU they should stay in its cache, on a GPU the product should be worth a launch.
 _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
@@ -26,17 +28,29 @@ class Head:
 
     Attributes:
         module: its output layer, adapted or not.
-        finish: what the model does to the layer's output: soft-capping, scaling, a bias.
         num_logits: size of the vocabulary.
+        softcap: logits are cap * tanh(logits / cap) in the end (Gemma).
+        scale: what they are multiplied by before (Cohere; Granite divides).
+        bias: what is added to the layer's output before that (BART), (1, V).
     """
 
     module: nn.Module
-    finish: Callable[[torch.Tensor], torch.Tensor]
     num_logits: int
+    softcap: float | None = None
+    scale: float | None = None
+    bias: torch.Tensor | None = None
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) of hidden states (N, D)."""
-        return self.finish(self.module(states))
+        logits: torch.Tensor = self.module(states)
+        logits = logits if self.bias is None else logits + self.bias.to(logits.device)
+        logits = logits if self.scale is None else logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer and at most a soft cap."""
+        return type(self.module) is nn.Linear and self.scale is None and self.bias is None
 
     def states(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Hidden states (B, T, D) of a model's inputs: what its output layer would see, which is not run."""
@@ -72,27 +86,23 @@ def _replaced(module: nn.Module, seen: list[torch.Tensor]) -> Iterator[None]:
 
 
 def find_head(model: Any) -> Head | None:
-    """The output layer of a language model, adapted or not; None where it has none that can be used alone."""
+    """The output layer of a language model, adapted or not, and what the model does to its logits; None where it has none.
+
+    The latter is told from config and buffers, as the models of transformers 5.23 use them: it has to be tried.
+    """
     base: Any = base_of_adapted(model)
     module = base.get_output_embeddings()
     if module is None:
         return None
     config = base.config.get_text_config(decoder=True)
-    return Head(module, _finish_of(base, config), config.vocab_size)
-
-
-def _finish_of(base: Any, config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the models of transformers 5.23 do after their output layer, as far as their config and buffers say."""
-    cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
-    divisor, bias = getattr(config, "logits_scaling", None), getattr(base, "final_logits_bias", None)
-
-    def finish(logits: torch.Tensor) -> torch.Tensor:
-        logits = logits if bias is None else logits + bias.to(logits.device)
-        logits = logits * scale if isinstance(scale, float | int) else logits
-        logits = logits / divisor if divisor else logits
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return finish
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    return Head(
+        module,
+        config.vocab_size,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=scale if isinstance(scale, float | int) else 1 / divisor if divisor else None,
+        bias=getattr(base, "final_logits_bias", None),
+    )
 
 
 def chunked_loss(
@@ -107,8 +117,21 @@ def chunked_loss(
         head: the output layer.
         label_smoothing: mass spread over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567, section 7).
     """
+    if states.is_cuda and weights is None and head.is_linear and importlib.util.find_spec("liger_kernel"):
+        return liger_loss(states, targets, head, label_smoothing)
     trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
     return _ChunkedLoss.apply(states, targets, weights, head, label_smoothing, *trained)
+
+
+def liger_loss(states: torch.Tensor, targets: torch.Tensor, head: Head, label_smoothing: float) -> torch.Tensor:
+    """The same by Liger's kernels (Hsu et al. 2024, arXiv:2410.10989, section 3.2), which need Triton."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    weight, bias = head.module.weight, head.module.bias
+    loss: Any = LigerFusedLinearCrossEntropyFunction.apply(
+        states, weight, targets, bias, None, IGNORE_INDEX, 0.0, label_smoothing, "sum", head.softcap
+    )
+    return loss[0] if isinstance(loss, tuple) else loss
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from peftkit.engine.fused import separate
 from peftkit.engine.hooks import Context
 from peftkit.engine.model import base_of, load_base_model
 from peftkit.engine.packing import for_model, way_of
+from peftkit.engine.segments import segments_attention
 from peftkit.engine.step import Step
-from peftkit.engine.token_loss import chunked_loss, loss_and_gradient
+from peftkit.engine.token_loss import chunked_loss, liger_loss, loss_and_gradient
 from peftkit.plan import Hardware, Plan, make_plan
 from peftkit.recipe import load_recipe
 from peftkit.tasks.encoding import Encoding
@@ -253,3 +257,45 @@ def test_whole_runs_are_the_same_with_and_without(models_dir: Path, tmp_path: Pa
     train(recipe, tmp_path / "plain", "--set", "training.fast_paths=false")
     fast, plain = (curve(tmp_path / name, "loss", "grad_norm") for name in ("fast", "plain"))
     assert fast == [pytest.approx(line, rel=1e-5) for line in plain]
+
+
+def test_ligers_kernel_is_given_what_ours_gets(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = dataclasses.replace(take(case("llama")).head, softcap=2.0)
+    states, targets = torch.randn(9, 32), torch.randint(0, 300, (9,))
+
+    def apply(given: Any, weight: Any, wanted: Any, bias: Any, classes: Any, ignored: int, *options: Any) -> Any:
+        logits = torch.tanh(nn.functional.linear(given, weight, bias) / options[3]) * options[3]
+        assert (classes, ignored, options[0], options[2]) == (None, -100, 0.0, "sum")
+        return nn.functional.cross_entropy(logits, wanted, reduction="sum", label_smoothing=options[1]), None
+
+    module = types.SimpleNamespace(LigerFusedLinearCrossEntropyFunction=types.SimpleNamespace(apply=apply))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_cross_entropy", module)
+    ours = chunked_loss(states.requires_grad_(), targets, None, head, 0.1)
+    torch.testing.assert_close(liger_loss(states, targets, head, 0.1), ours)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_the_kernel_of_all_rows_is_given_what_the_loop_gets(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    lengths = [9, 3, 14]
+    query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
+    given = torch.tensor([window, *lengths]).view(1, 1, 1, -1)
+    module = types.SimpleNamespace(is_causal=True, num_key_value_groups=2)
+    expected, _ = segments_attention(module, query, key, value, given, scaling=0.3)  # type: ignore[arg-type]
+
+    def varlen_attn(q: Any, k: Any, v: Any, *, cu_seq_q: Any, cu_seq_k: Any, window_size: Any, **options: Any) -> Any:
+        assert cu_seq_q is cu_seq_k
+        assert (options["max_q"], options["max_k"], options["enable_gqa"]) == (14, 14, True)
+        parts = []
+        for start, end in itertools.pairwise(cu_seq_q.tolist()):
+            places = torch.arange(end - start)
+            distance = places[:, None] - places[None]
+            seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+            row = [states[start:end].transpose(0, 1)[None] for states in (q, k, v)]
+            attend = nn.functional.scaled_dot_product_attention
+            parts.append(attend(*row, attn_mask=seen, scale=options["scale"], enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("peftkit.engine.segments._has_kernel_of_rows", lambda *arguments: True)
+    found, _ = segments_attention(module, query, key, value, given, scaling=0.3)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected)

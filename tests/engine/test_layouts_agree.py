@@ -12,8 +12,11 @@ from tests.conftest import instruction_rows, write_jsonl
 from tests.runs import curve, tiny_recipe, train
 
 LAYOUTS = {
-    "padded": [],
-    "by_length": ["--set", "training.group_by_length=true"],
+    "padded": ["--set", "data.packing=false", "--set", "training.fast_paths=false"],
+    "by_length": ["--set", "data.packing=false", "--set", "training.group_by_length=true"],
+    "end to end": [],
+    "end to end, grouped": ["--set", "training.group_by_length=true"],
+    "packed by mask": ["--set", "data.packing=true", "--set", "training.fast_paths=false"],
     "packed": ["--set", "data.packing=true"],
     "packed one at a time": ["--set", "data.packing=true", "--set", "training.micro_batch_size=1"],
     "packed and grouped": ["--set", "data.packing=true", "--set", "training.group_by_length=true"],
