@@ -28,7 +28,7 @@ from peftkit.recipe.packing import packs_by, why_not_packed
 from peftkit.tasks.example import Batch, Example, Runtime
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError, NotImplementedError)
-_MOST_TOKENS = 48
+_MOST_TOKENS = 16
 _COMPUTED = {"no": "", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -138,26 +138,41 @@ def take_fast_paths(
     with untouched(model), autocast(device.type, plan.mixed_precision):
         plain = runtime.forward(model, batch)
         same = functools.partial(_is_same, plain, _tolerance(plan.mixed_precision, plan.dtype))
-        for kind in dict(paths.fused):
-            _fuse_if_same(paths, kind, lambda: same(runtime.forward(model, batch)), note)
+        for kind, module in paths.fused:
+            fuse(kind, module)
         head, drops_mask = paths.head, paths.drops_mask
-        if head is not None and not same(_from_states(head, model, runtime, batch)):
-            note("the loss is taken from whole logits: hidden states give others")
-            head = None
+        if not same(_from_states(head, model, runtime, batch) if head else runtime.forward(model, batch)):
+            head = _sound_parts(paths, model, runtime, batch, same, note)
         if drops_mask and not same(runtime.forward(model, without_mask(batch)), where=batch["attention_mask"].bool()):
             note("rows keep their padding mask: without it logits are others")
             drops_mask = False
     return replace(paths, head=head, drops_mask=drops_mask)
 
 
-def _fuse_if_same(paths: FastPaths, kind: str, is_same: Callable[[], bool], note: Callable[[str], None]) -> None:
-    modules = [module for name, module in paths.fused if name == kind]
-    for module in modules:
-        fuse(kind, module)
-    if not is_same():
-        note(f"the {kind} keep their own forward: the shorter one gives other logits")
+def _sound_parts(
+    paths: FastPaths,
+    model: nn.Module,
+    runtime: Runtime,
+    batch: Batch,
+    same: Callable[..., bool],
+    note: Callable[[str], None],
+) -> Head | None:
+    """Something of it differs: try one after the other, leave fused what is right; the head where it is."""
+    for _, module in paths.fused:
+        separate(module)
+    head = paths.head
+    if head is not None and not same(_from_states(head, model, runtime, batch)):
+        note("the loss is taken from whole logits: hidden states give others")
+        head = None
+    for kind in dict(paths.fused):
+        modules = [module for name, module in paths.fused if name == kind]
         for module in modules:
-            separate(module)
+            fuse(kind, module)
+        if not same(runtime.forward(model, batch)):
+            note(f"the {kind} keep their own forward: the shorter one gives other logits")
+            for module in modules:
+                separate(module)
+    return head
 
 
 def _proven_layout(

@@ -24,7 +24,7 @@ from peftkit.tasks.example import Batch
 
 Forward = Callable[[Any, Batch], torch.Tensor]
 
-_MOST_ROWS, _MOST_TOKENS = 3, 48
+_MOST_ROWS, _MOST_TOKENS = 3, 16
 _NUM_PADDING = 2
 # How much more than rounding a row may differ behind other rows. What rounding does is seen in the first row of a pack, which
 # nothing can reach: it differs from the row alone by another order of summation, and by an expert's place in a tie.
@@ -125,7 +125,7 @@ def prove_packing(model: nn.Module, rows: Sequence[Sequence[int]], forward: Forw
 
     Args:
         model: the model with its adapter.
-        rows: token ids of real rows; the first three are read, 48 tokens of each.
+        rows: token ids of real rows; the first three are read, 16 tokens of each.
         forward: (model, batch) -> logits (B, T, V), as in training.
 
     Raises:
