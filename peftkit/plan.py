@@ -128,7 +128,13 @@ def _choose_dtype(recipe: Recipe, hardware: Hardware) -> tuple[Any, list[Choice]
         return "float16", [Choice("model.dtype", "float16", "training.mixed_precision is fp16")]
     if hardware.device == "cuda" and hardware.supports_bf16 and recipe.training.mixed_precision in ("auto", "bf16"):
         return "bfloat16", [Choice("model.dtype", "bfloat16", f"{hardware.device_name} computes in bfloat16")]
-    return "float32", [Choice("model.dtype", "float32", f"exact, and {hardware.device_name} asks for no less")]
+    reason = f"exact, and {hardware.device_name} asks for no less"
+    if hardware.device == "cpu" and recipe.training.mixed_precision == "auto":
+        faster = (
+            "is faster here" if hardware.supports_bf16 else "would be slower: no bfloat16 instructions"
+        )
+        reason += f"; `training.mixed_precision: bf16` {faster}"
+    return "float32", [Choice("model.dtype", "float32", reason)]
 
 
 def _machine_problems(recipe: Recipe, hardware: Hardware) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -26,7 +27,8 @@ def detect_hardware() -> Hardware:
     memory = psutil.virtual_memory().total
     if torch.backends.mps.is_available() and not forced_cpu:
         return Hardware("mps", "Apple GPU", True, memory, num_processes)
-    return Hardware("cpu", "the CPU", True, memory, num_processes)
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or platform.machine() == "arm64"
+    return Hardware("cpu", "the CPU", bool(native), memory, num_processes)
 
 
 # Accelerators of launched runs, with the models that they wrapped: freeing DDP's reducer while holding the GIL can wait for
