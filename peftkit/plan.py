@@ -130,9 +130,7 @@ def _choose_dtype(recipe: Recipe, hardware: Hardware) -> tuple[Any, list[Choice]
         return "bfloat16", [Choice("model.dtype", "bfloat16", f"{hardware.device_name} computes in bfloat16")]
     reason = f"exact, and {hardware.device_name} asks for no less"
     if hardware.device == "cpu" and recipe.training.mixed_precision == "auto":
-        faster = (
-            "is faster here" if hardware.supports_bf16 else "would be slower: no bfloat16 instructions"
-        )
+        faster = "is faster here" if hardware.supports_bf16 else "would be slower: no bfloat16 instructions"
         reason += f"; `training.mixed_precision: bf16` {faster}"
     return "float32", [Choice("model.dtype", "float32", reason)]
 
