@@ -18,6 +18,7 @@ from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
+from peftkit.engine.quantized import dequantized
 from peftkit.engine.store import load_into
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
@@ -131,6 +132,15 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
     device = Accelerator().device
     return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)
+
+
+def with_full_weights(loaded: LoadedAdapter) -> nn.Module:
+    """The same adapter on the weights that its quantised base stands for, freshly loaded, on the CPU in float32."""
+    source = loaded.facts.base_model(loaded.folder)
+    base, missing = load_base_model(source, loaded.runtime.settings)
+    set_pad_token(base, loaded.runtime.tokenizer)
+    plain = dequantized(base).to("cpu")
+    return load_into(plain, loaded.folder, loaded.facts.method, missing).float()
 
 
 def _require_own_virtual_tokens(folder: Path, facts: AdapterFacts) -> None:

@@ -15,10 +15,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
-from peftkit.engine.loaded import LoadedAdapter
+from peftkit.engine.loaded import LoadedAdapter, with_full_weights
 from peftkit.engine.model import Base, load_base_model, read_tokenizer, set_pad_token
 from peftkit.engine.modules import with_conv1d
 from peftkit.engine.parity import RENDERINGS, check_renderings
+from peftkit.engine.quantized import compute_in_float32
 from peftkit.errors import CertificateError, RecipeError
 from peftkit.methods import METHODS
 from peftkit.run import new_folder
@@ -35,6 +36,8 @@ def probe_examples(runtime: Runtime, task: Task, max_length: int) -> list[Exampl
 def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, Any]:
     """Merge in float32, compare, cast, save, load again with plain transformers, compare again.
 
+    On a quantised base: into the weights that its layers stand for, so that nothing is rounded and the result is plain.
+
     Args:
         loaded: the adapter.
         output: folder to write; must not exist or be empty.
@@ -49,10 +52,12 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"--output {output}: is not empty; name a new folder")
-    wanted = str(next(loaded.model.parameters()).dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    wanted = _dtype_of_base(loaded) if dtype == "auto" else dtype
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
-    model = loaded.model.to("cpu").float()
+    model = compute_in_float32(loaded.model.to("cpu"))
     reference = reference_logits(model, loaded.runtime, examples)
+    if loaded.facts.quantization is not None:
+        model = with_full_weights(loaded)
     merged = with_conv1d(_merged(model, loaded.facts.method))
     exact = largest_difference(reference, reference_logits(merged, loaded.runtime, examples))
     _require(exact, TOLERANCE["float32"], reference, "merged")
@@ -71,6 +76,12 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
         _require(saved, TOLERANCE[wanted], reference, f"saved ({wanted})")
     tolerance = TOLERANCE[wanted] * scale_of(reference)
     return {"output": str(output), "dtype": wanted, "max_abs_diff": exact, "max_abs_diff_saved": saved, "tolerance": tolerance}
+
+
+def _dtype_of_base(loaded: LoadedAdapter) -> str:
+    """The dtype of the base's weights, or of those of them that are not quantised."""
+    known = loaded.facts.quantization is not None and loaded.facts.dtype != "auto"
+    return loaded.facts.dtype if known else str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 
 def _copy(source: Path, folder: Path, *names: str) -> None:

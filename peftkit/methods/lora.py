@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from peftkit.methods.base import EVERY_TASK, WITHOUT_HEAD, Method
+from peftkit.methods.base import EVERY_TASK, WITHOUT_HEAD, Layers, Method
 from peftkit.methods.fields import (
     AlphaPattern,
     ExcludeModules,
@@ -252,6 +252,24 @@ def _fits(section: LoraSection, inputs: int, outputs: int) -> Iterator[tuple[str
         yield "r", f"is {section.r}, for which `{section.init_lora_weights}` finds too few singular vectors; at most {most}"
 
 
+_VARIANTS = ("kasa_config", "monteclora_config", "use_bdlora", "velora_config")
+_READ_WEIGHTS = ("pissa", "olora", "orthogonal", "mica", "corda", "lora_ga")
+
+
+def _not_quantized_with(section: LoraSection, layers: Layers) -> Iterator[tuple[str, str]]:
+    """Seen with PEFT 0.21.2: on quantised layers it passes over most variants in silence and trains a plain LoRA."""
+    init = str(section.init_lora_weights)
+    if init.startswith(_READ_WEIGHTS):
+        yield "init_lora_weights", f"`{init}` starts from the base's weights, which are quantised; use true, gaussian or eva"
+    if init == "loftq":
+        yield "init_lora_weights", "`loftq` quantises the base itself; leave `model.quantization` out"
+    for name in _VARIANTS:
+        if getattr(section, name) is not None:
+            yield name, f"has no effect on {layers} layers: PEFT would train a plain LoRA"
+    if section.use_dora and layers == "8bit":
+        yield "use_dora", "loses the scales of 8-bit weights after one step (PEFT 0.21); use 4 bits"
+
+
 LORA = Method(
     name="lora",
     summary="Low-rank updates of linear layers (Hu et al. 2021); rsLoRA, DoRA, PiSSA, OLoRA, MiCA, VeLoRA by its fields",
@@ -282,6 +300,7 @@ LORA = Method(
     runtime_module="peftkit.methods.lora_torch",
     not_mergeable_with=_not_mergeable_with,
     not_packable_with=_not_packable_with,
+    not_quantized_with=_not_quantized_with,
     needs_cuda=lambda section: "init_lora_weights" if section.init_lora_weights == "loftq" else "",
     trains_nothing=lambda section: section.arrow_config is not None,
     tasks_with=lambda section: WITHOUT_HEAD if section.arrow_config is not None else EVERY_TASK,
