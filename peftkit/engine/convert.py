@@ -47,7 +47,7 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
     model: Any = compute_in_float32(loaded.model.to("cpu"))
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
     reference = reference_logits(model, loaded.runtime, examples)
-    if loaded.facts.quantization is not None:
+    if loaded.is_quantized:
         model = with_full_weights(loaded)
     config, state = _as_lora(model, loaded.facts.method, rank)
     facts = dataclasses.replace(loaded.facts, method="lora", dtype="float32")

@@ -18,7 +18,7 @@ from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
-from peftkit.engine.quantized import dequantized
+from peftkit.engine.quantized import bitsandbytes_layers, dequantized
 from peftkit.engine.store import load_into
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
@@ -56,6 +56,11 @@ class LoadedAdapter:
     def method(self) -> Method | None:
         """The method's facts; None for an adapter of a type that is not known here."""
         return METHODS.get(self.facts.method)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base's linear layers are quantised, by training's wish or as its checkpoint has them."""
+        return self.facts.quantization is not None or next(bitsandbytes_layers(self.model), None) is not None
 
     @property
     def position_limit(self) -> int | None:

@@ -264,6 +264,8 @@ def load_base_model(
     common = {"attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code, "dtype": dtype}
     if base.init == "random":
         return _random_model(base, config, common), set()
+    if base.quantization is not None and base.quantization.is_stored:
+        common |= _renaming_foretold(base, config)  # weights that are not found cannot be made at random in quantised layers
     common |= loading_options(base.quantization, config)
     model, info = _from_pretrained(base, config, common)
     if renamed := _other_prefix(model, info):
@@ -329,6 +331,17 @@ def _other_prefix(model: PreTrainedModel, info: dict[str, Any]) -> dict[str, str
     if len(found) != 1 or not _lacks_layers(info["missing_keys"]):
         return {}
     return {rf"^{found.pop()}\.": f"{model.base_model_prefix}."}
+
+
+def _renaming_foretold(base: Base, config: PretrainedConfig) -> dict[str, Any]:
+    """The option that renames a checkpoint's weights for a class that calls the backbone otherwise, from the header alone."""
+    model = meta_model(base, config)
+    own = {name for name, _ in model.named_parameters()}
+    found = {name.partition(".weight.")[0] + ".weight" if ".weight." in name else name for name in weight_names(base) or ()}
+    known = found | {f"{model.base_model_prefix}.{name}" for name in found}
+    unexpected = [name for name in found if not {name, f"{model.base_model_prefix}.{name}"} & own]
+    renamed = _other_prefix(model, {"unexpected_keys": unexpected, "missing_keys": own - known})
+    return {"key_mapping": renamed} if renamed else {}
 
 
 def missing_weights(base: Base, model: PreTrainedModel) -> set[str]:

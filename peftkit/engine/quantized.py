@@ -116,7 +116,7 @@ def is_skipped(name: str, quantization: Quantization) -> bool:
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with plain linear layers of the weights that its quantised ones stand for, in float32, in place.
+    """The model with plain linear layers of the weights that its quantised ones stand for, these in float32, in place.
 
     It knows nothing of having been quantised: saved, it is a model like any other.
 
@@ -129,10 +129,24 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
             continue
         outputs, inputs = weight.shape
         plain = nn.Linear(inputs, outputs, bias=False, device="meta")
-        plain.weight, plain.bias = nn.Parameter(weight.float(), requires_grad=False), module.bias
+        plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+        if module.bias is not None:  # HQQ's is no parameter
+            plain.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
         if getattr(module, "source_cls", None) is Conv1D or getattr(module, "was_conv1d", False):
             plain.was_conv1d = True  # type: ignore[assignment]
         model.set_submodule(name, plain)
+    _forget_quantization(model)
+    return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:  # saving goes back through them, and quantised weights have no way back
+        model._weight_conversions = [
+            item
+            for item in conversions
+            if not any(getattr(step, "hf_quantizer", None) for step in getattr(item, "operations", ()))
+        ]
     for mark in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(mark, None)
     for config in (model.config, model.config.get_text_config()):
@@ -140,7 +154,6 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
         config.__dict__.pop("_is_quantized", None)
     for part in model.modules():
         part.__dict__.pop("is_quantized", None)
-    return model.float()
 
 
 def full_weight(module: Any) -> torch.Tensor | None:
@@ -163,12 +176,23 @@ def full_weight(module: Any) -> torch.Tensor | None:
         scale = module.weight.SCB if module.state.SCB is None else module.state.SCB
         return int8_vectorwise_dequant(module.weight.data, scale).detach()
     if kind == "HQQLinear":
-        return module.dequantize().detach()
+        return _hqq_in_float32(module).dequantize().detach()
     if isinstance(module, nn.Linear) and type(module.weight.data).__module__.startswith("torchao."):
-        return module.weight.dequantize().detach()
+        weight: Any = module.weight
+        return weight.dequantize(output_dtype=torch.float32).detach()
     if kind.endswith("QuantLinear") or kind.startswith("WQLinear"):
         raise LoadError(f"layers of type {kind} cannot be turned into plain ones; merge with the library that made them")
     return None
+
+
+def _hqq_in_float32(layer: Any) -> Any:
+    for name, value in layer.meta.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            layer.meta[name] = value.float()
+    layer.compute_dtype = layer.meta["compute_dtype"] = torch.float32
+    if layer.bias is not None:
+        layer.bias = layer.bias.float()
+    return layer
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
@@ -177,12 +201,12 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
     for layer in bitsandbytes_layers(model):
         packed.add(id(layer.weight))
         if type(layer).__name__ == "Linear4bit":
-            layer.compute_dtype = torch.float32
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
         else:  # on the CPU, 8-bit layers round their inputs to 8 bits in evaluation and not in training
             layer.register_forward_pre_hook(lambda module, args: module.train() and None)
-    hqq: list[Any] = [module for module in model.modules() if type(module).__name__ == "HQQLinear"]
-    for layer in hqq:
-        layer.compute_dtype = torch.float32
+    for module in model.modules():
+        if type(module).__name__ == "HQQLinear":
+            _hqq_in_float32(module)
     for parameter in model.parameters():
         # weights packed in a floating type are bits, not numbers
         if parameter.is_floating_point() and id(parameter) not in packed:

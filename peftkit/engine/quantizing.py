@@ -68,9 +68,15 @@ def _is_mark(name: str) -> bool:
 
 def _require_quantizable(base: Base, model: PreTrainedModel, found: Quantization, stored: set[str]) -> None:
     """Raise where nothing would be quantised, or where the checkpoint has quantised what must not be."""
-    if all(is_skipped(name, found) for name in linear_names(model)):
+    names = [name for name in linear_names(model) if not is_skipped(name, found)]
+    if not names:
         what = f"has no effect: no linear layer of {type(model).__name__} would be quantised"
         raise RecipeError([Problem("", "model.quantization", what)])
+    uneven = [name for name in names if model.get_submodule(name).weight.numel() % found.group_size]
+    if found.method == "hqq" and uneven:
+        size = tuple(model.get_submodule(uneven[0]).weight.shape)
+        what = f"is {found.group_size}, into which the weights of `{uneven[0]}` {size} cannot be split"
+        raise RecipeError([Problem("", "model.quantization.group_size", what)])
     for name in sorted(stored):
         if is_skipped(name, found):
             raise LoadError(f"`{base.path}` stores `{name}` quantised, so that it cannot be trained or saved whole")

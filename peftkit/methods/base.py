@@ -149,8 +149,8 @@ class Method:
 
     @property
     def trains_on(self) -> tuple[Layers, ...]:
-        """Every kind of quantised layers that it trains on correctly."""
-        return (*self.quantizations, *self.other_layers)
+        """Every kind of quantised layers that it trains on correctly; virtual tokens have nothing to do with layers."""
+        return (*self.quantizations, *(OTHER_LAYERS if self.kind == "prompt" else self.other_layers))
 
     def learning_rate_for(self, task: str) -> tuple[float, str]:
         """The default learning rate for a task, and its source."""

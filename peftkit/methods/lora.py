@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from peftkit.methods.base import EVERY_TASK, WITHOUT_HEAD, Layers, Method
+from peftkit.methods.base import EVERY_TASK, OTHER_LAYERS, WITHOUT_HEAD, Layers, Method
 from peftkit.methods.fields import (
     AlphaPattern,
     ExcludeModules,
@@ -266,6 +266,13 @@ def _not_quantized_with(section: LoraSection, layers: Layers) -> Iterator[tuple[
     for name in _VARIANTS:
         if getattr(section, name) is not None:
             yield name, f"has no effect on {layers} layers: PEFT would train a plain LoRA"
+    if section.bias != "none" and layers in ("hqq", "gptq", "awq"):
+        yield "bias", f"cannot train the biases of {layers} layers, which are no parameters there"
+    if section.lora_bias and layers in OTHER_LAYERS:
+        yield "lora_bias", f"is not there on {layers} layers (PEFT 0.21)"
+    if (section.alora_invocation_tokens or section.alora_invocation_text) and layers in ("hqq", "gptq", "awq"):
+        name = "alora_invocation_tokens" if section.alora_invocation_tokens else "alora_invocation_text"
+        yield name, f"has no effect on {layers} layers: PEFT would train a plain LoRA"
     if section.use_dora and layers == "8bit":
         yield "use_dora", "loses the scales of 8-bit weights after one step (PEFT 0.21); use 4 bits"
 
@@ -279,6 +286,7 @@ LORA = Method(
     mixed_batches=True,
     lora_plus=True,
     targets="query_value",
+    other_layers=OTHER_LAYERS,
     learning_rate=2e-4,
     learning_rate_source="QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), table 9",
     task_learning_rates={"SEQ_CLS": (1e-3, "ours: all-MiniLM-L6-v2 on sentence polarity, benchmarks/README.md")},

@@ -23,6 +23,7 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel", "optimum"),
     "awq": ("gptqmodel",),
 }
+_STORED = ("bitsandbytes", "gptq", "awq")
 _BITS: dict[str, tuple[int, ...]] = {"bitsandbytes": (4, 8), "torchao": (8,), "hqq": (1, 2, 3, 4, 8)}
 _USED: dict[tuple[str, int], tuple[str, ...]] = {
     ("bitsandbytes", 4): ("quant_type", "double_quant", "compute_dtype", "quant_storage"),
@@ -129,8 +130,10 @@ def check_quantization(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Fi
         yield from _stated(section)
     if stored is not None and recipe.model.init != "random":
         yield from _stored(stored, section)
-    if found := quantization_of(recipe, config):
-        yield from _trainable(recipe, found)
+    found = quantization_of(recipe, config)
+    if found is not None and found.method in _PACKAGES:
+        for field, what in why_not_quantized(METHODS[recipe.adapter.method], recipe.adapter, found.layers):
+            yield f"adapter.{field}", what, 2
 
 
 def _stated(section: QuantizationSection) -> Iterator[Finding]:
@@ -152,7 +155,7 @@ def _missing_packages(method: str, key: str, code: int) -> Iterator[Finding]:
 
 
 def _stored(stored: Quantization, section: QuantizationSection | None) -> Iterator[Finding]:
-    if stored.method not in ("bitsandbytes", "gptq", "awq"):
+    if stored.method not in _STORED:
         what = (
             f"its weights are quantised by `{stored.method}`, as its config.json says; those of bitsandbytes, gptq and awq load"
         )
@@ -166,12 +169,6 @@ def _stored(stored: Quantization, section: QuantizationSection | None) -> Iterat
         if getattr(section, name) != getattr(stored, name):
             what = f"is {getattr(section, name)}, but the weights are quantised already: {stored}; leave `quantization` out"
             yield f"model.quantization.{name}", what, 2
-
-
-def _trainable(recipe: Recipe, quantization: Quantization) -> Iterator[Finding]:
-    method = METHODS[recipe.adapter.method]
-    for field, what in why_not_quantized(method, recipe.adapter, quantization.layers):
-        yield f"adapter.{field}", what, 2
 
 
 def why_not_quantized(method: Method, section: Section, layers: Layers) -> Iterator[tuple[str, str]]:

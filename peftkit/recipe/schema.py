@@ -52,7 +52,9 @@ class QuantizationSection(Section):
     llm_int8_threshold: NonNegativeFloat = Field(
         6.0, description="bitsandbytes, 8 bits: inputs larger than this are multiplied in 16 bits (LLM.int8); 0: none are."
     )
-    group_size: PositiveInt = Field(64, description="hqq: weights that share a scale.")
+    group_size: Annotated[PositiveInt, Field(multiple_of=8)] = Field(
+        64, description="hqq: weights that share a scale, a multiple of 8."
+    )
 
 
 class ModelSection(Section):
