@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peftkit.errors import RecipeError
+from peftkit.errors import Problem, RecipeError
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
 from peftkit.recipe import LoadedRecipe, Recipe
+from peftkit.recipe.quantization import Quantization, stated_quantization, trains_biases
 from peftkit.tasks import TASKS
 from peftkit.tasks.base import Task
 
@@ -62,6 +65,7 @@ class Plan:
         choices: the decisions with their reasons.
         rows: how the rows of a pass are laid out: padded to one length, packed into sequences of max_length, or all of them
             end to end in one sequence; decided when the model's modules are known.
+        quantization: how the base's linear layers are quantised; None: they are not.
     """
 
     recipe: Recipe
@@ -73,6 +77,7 @@ class Plan:
     learning_rate: float
     choices: tuple[Choice, ...] = field(default=())
     rows: RowLayout = "padded"
+    quantization: Quantization | None = None
 
     @property
     def task(self) -> Task:
@@ -116,7 +121,56 @@ def make_plan(loaded: LoadedRecipe, hardware: Hardware) -> Plan:
     if rate == "auto":
         rate, source = METHODS[recipe.adapter.method].learning_rate_for(recipe.task)
         choices.append(Choice("training.learning_rate", rate, source))
-    return Plan(recipe, loaded.path.parent, hardware, dtype, precision, micro, rate, tuple(choices))  # type: ignore[arg-type]
+    plan = Plan(recipe, loaded.path.parent, hardware, dtype, precision, micro, rate, tuple(choices))  # type: ignore[arg-type]
+    return quantized(plan, stated_quantization(recipe))
+
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def quantized(plan: Plan, quantization: Quantization | None) -> Plan:
+    """The plan on a base that is quantised like this, the dtype of its products decided.
+
+    Raises:
+        RecipeError: this machine or these settings cannot follow.
+    """
+    if quantization is None:
+        return plan
+    before = plan.quantization.computes_in if plan.quantization is not None else None
+    stated, choices = quantization.compute_dtype, plan.choices
+    if quantization.computes_in == "auto":
+        dtype, reason = _choose_compute_dtype(plan)
+        quantization = dataclasses.replace(quantization, compute_dtype=dtype)
+        if before is None:
+            choices = (*choices, Choice("model.quantization.compute_dtype", dtype, reason))
+    if problems := list(_quantization_problems(plan, quantization, stated)):
+        raise RecipeError([Problem("", key, what) for key, what in problems])
+    return dataclasses.replace(plan, quantization=quantization, choices=choices)
+
+
+def _choose_compute_dtype(plan: Plan) -> tuple[str, str]:
+    if trains_biases(plan.method, plan.recipe.adapter):
+        return "float32", "biases are trained, which quantised layers round to it"
+    if plan.mixed_precision != "no":
+        return _DTYPES[plan.mixed_precision], f"training.mixed_precision is {plan.mixed_precision}"
+    return plan.dtype, f"the other weights are {plan.dtype}"
+
+
+def _quantization_problems(plan: Plan, quantization: Quantization, stated: str) -> Iterator[tuple[str, str]]:
+    device, dtype = plan.hardware.device, quantization.computes_in
+    if device == "mps":
+        yield "model.quantization", "quantised layers work on CUDA GPUs and CPUs only, this machine has neither in use"
+    if dtype == "float16" and device == "cpu":
+        yield "model.quantization.compute_dtype", "float16 needs a GPU, this machine has none; use bfloat16 or float32"
+    if dtype == "bfloat16" and device == "cuda" and not plan.hardware.supports_bf16:
+        yield "model.quantization.compute_dtype", f"{plan.hardware.device_name} has no bfloat16; use float16"
+    if not trains_biases(plan.method, plan.recipe.adapter):
+        return
+    what = "biases are trained, which quantised layers round to the type that they compute in"
+    if dtype not in (None, "float32"):
+        yield "model.quantization.compute_dtype", f"is {stated}, but {what}; use float32"
+    if quantization.layers == "8bit" and (plan.mixed_precision, plan.dtype) != ("no", "float32"):
+        yield "model.quantization.bits", f"{what}: 8 bits need `dtype: float32` and `mixed_precision: no` here; or use 4 bits"
 
 
 def _choose_dtype(recipe: Recipe, hardware: Hardware) -> tuple[Any, list[Choice]]:

@@ -264,6 +264,8 @@ def resolved_yaml(plan: Plan) -> str:
     """The recipe with every value that has an effect, paths absolute, `auto` decided: a valid recipe again."""
     data = plan.recipe.model_dump(mode="json")
     data["model"]["dtype"] = plan.dtype
+    if data["model"]["quantization"] is not None and plan.quantization is not None:
+        data["model"]["quantization"]["compute_dtype"] = plan.quantization.compute_dtype
     data["training"] |= {
         "mixed_precision": plan.mixed_precision,
         "micro_batch_size": plan.micro_batch_size,

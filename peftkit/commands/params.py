@@ -9,19 +9,21 @@ from peftkit.engine.blueprint import Blueprint, draw_blueprint, parameters_by_mo
 from peftkit.engine.data import num_outputs
 from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.model import base_of, load_config, load_tokenizer
+from peftkit.engine.quantizing import settle_quantization
 from peftkit.errors import LoadError, Problem, RecipeError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan, make_plan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.fit import why_not
 from peftkit.recipe.load import did_you_mean
+from peftkit.recipe.quantization import why_not_quantized
 
 _COLUMNS = ("method", "trainable_params", "all_params", "trainable_percent", "problem")
 
 
 def params(loaded: LoadedRecipe, methods: list[str], by_module: bool, as_json: bool) -> None:
     """Print the counts of one recipe, or of one recipe by method."""
-    plan = make_plan(loaded, detect_hardware())
+    plan = settle_quantization(make_plan(loaded, detect_hardware()))
     if methods:
         _compare(plan, methods, as_json)
         return
@@ -62,7 +64,10 @@ def _require_fit(plan: Plan, config: dict[str, Any]) -> None:
     """Raise what `validate` would say of the method's default settings."""
     if reason := why_not(plan.method, plan.task.name, config):
         raise RecipeError(reason)
-    for field, what in plan.method.check(plan.recipe.adapter):
+    problems = list(plan.method.check(plan.recipe.adapter))
+    if plan.quantization is not None:
+        problems += why_not_quantized(plan.method, plan.recipe.adapter, plan.quantization.layers)
+    for field, what in problems:
         raise RecipeError([Problem("", f"adapter.{field}", what)])
 
 

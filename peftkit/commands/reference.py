@@ -70,6 +70,7 @@ def _describe(name: str) -> dict[str, Any]:
         "model_types": list(method.model_types),
         "why_not": method.why_not,
         "quantizations": list(method.quantizations),
+        "trains_on": list(method.trains_on),
         "why_not_quantized": method.why_not_quantized,
         "several_adapters": method.several_adapters,
         "mixed_batches": method.mixed_batches,
@@ -95,7 +96,7 @@ def _facts(method: Method) -> Iterator[tuple[str, str]]:
         works += ", but not " + _list([f"{task} on {kind} models" for task, kind in method.without])
     yield "works for", f"{works}: {method.why_not}" if method.why_not else works
     yield "merges into the base model", f"no: {method.not_mergeable}" if method.not_mergeable else "yes"
-    quantised = _list(method.quantizations)
+    quantised = _list(method.trains_on)
     yield "trains on quantised bases", f"{quantised}: {method.why_not_quantized}" if method.why_not_quantized else quantised
     yield "several adapters on one base", _yes(method.several_adapters) + ", even in one batch" * method.mixed_batches
 

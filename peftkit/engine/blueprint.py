@@ -15,6 +15,7 @@ from peftkit.engine.checks import ill_fitting, model_problems, unfit, unmatched
 from peftkit.engine.hooks import Context
 from peftkit.engine.model import base_of, load_config, meta_model, missing_weights
 from peftkit.engine.modules import is_tied
+from peftkit.engine.quantizing import quantization_notes
 from peftkit.engine.targets import count_matches, fused_experts
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Plan
@@ -79,7 +80,7 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
             problems += list(ill_fitting(plan, model, resolved))
     if problems:
         raise RecipeError([Problem("", key, what) for key, what in problems])
-    notes = _expert_notes(plan, model)
+    notes = quantization_notes(plan, model) + _expert_notes(plan, model)
     tied, missing = is_tied(model), missing_weights(base, model) if plan.task.has_head else set()
     adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer))
     if isinstance(adapted, peft.PeftModel):

@@ -57,6 +57,15 @@ def scale_of(logits: Sequence[torch.Tensor]) -> float:
     return max(1.0, *(float(part.abs().max()) for part in logits))
 
 
+def tolerance_for(facts: AdapterFacts) -> float:
+    """The bound for an adapter: that of the coarsest number that its model computes with."""
+    coarsest = [TOLERANCE[facts.dtype]]
+    if facts.quantization is not None:
+        # 8-bit layers compute in float16, and rounding to 8 bits can make more of a difference that is there already
+        coarsest.append(TOLERANCE[facts.quantization.computes_in or "float16"])
+    return max(coarsest)
+
+
 def certify(
     folder: Path, reference: Sequence[torch.Tensor], facts: AdapterFacts, runtime: Runtime, examples: Sequence[Example]
 ) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def certify(
         raise CertificateError(f"certificate failed: what was saved does not load: {error}") from error
     model.to(Accelerator().device)
     difference = largest_difference(reference, reference_logits(model, runtime, examples, facts.mixed_precision))
-    tolerance = TOLERANCE[facts.dtype] * scale_of(reference)
+    tolerance = tolerance_for(facts) * scale_of(reference)
     result = {"max_abs_diff": difference, "tolerance": tolerance, "num_rows": len(examples), "passed": difference <= tolerance}
     if not result["passed"]:
         cause = "the saved model is another one" if METHODS[facts.method].stands_alone else "a trained part was not saved"

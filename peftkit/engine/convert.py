@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from peftkit.engine.adapter import adapter_state
 from peftkit.engine.certify import largest_difference, reference_logits, scale_of
 from peftkit.engine.facts import FACTS, TENSORS
-from peftkit.engine.loaded import LoadedAdapter
+from peftkit.engine.loaded import LoadedAdapter, with_full_weights
 from peftkit.engine.merge import probe_examples
 from peftkit.engine.model import load_base_model, set_pad_token
+from peftkit.engine.quantized import compute_in_float32
 from peftkit.engine.store import load_into
 from peftkit.errors import RecipeError
 from peftkit.methods import METHODS
@@ -43,9 +44,11 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"--output {output}: is not empty; name a new folder")
-    model: Any = loaded.model.to("cpu").float()
+    model: Any = compute_in_float32(loaded.model.to("cpu"))
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
     reference = reference_logits(model, loaded.runtime, examples)
+    if loaded.is_quantized:
+        model = with_full_weights(loaded)
     config, state = _as_lora(model, loaded.facts.method, rank)
     facts = dataclasses.replace(loaded.facts, method="lora", dtype="float32")
     with new_folder(output) as folder:
@@ -58,7 +61,8 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
                 shutil.copyfile(loaded.folder / name, folder / name)
         base, missing = load_base_model(facts.base_model(folder), loaded.runtime.settings)
         set_pad_token(base, loaded.runtime.tokenizer)
-        converted = reference_logits(load_into(base, folder, "lora", missing), loaded.runtime, examples)
+        onto = compute_in_float32(load_into(base, folder, "lora", missing).to("cpu"))
+        converted = reference_logits(onto, loaded.runtime, examples)
     difference = largest_difference(reference, converted)
     ranks = [tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name]
     differences = {"max_abs_diff": difference, "relative_diff": difference / scale_of(reference)}

@@ -15,6 +15,7 @@ from peftkit.engine.sources import computed_columns
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan
+from peftkit.recipe.quantization import Quantization
 from peftkit.run import write_text
 from peftkit.tasks import TASKS
 from peftkit.tasks.encoding import Encoding
@@ -44,6 +45,7 @@ class AdapterFacts:
         seed: seed of the run.
         config_overrides: changed keys of the model's config.
         attn_implementation: attention kernel of the run.
+        quantization: how the base's linear layers were quantised.
     """
 
     task: str
@@ -63,6 +65,7 @@ class AdapterFacts:
     seed: int = 0
     config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     attn_implementation: str | None = None
+    quantization: Quantization | None = None
 
     def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row with the columns that the training rows were renamed from, renamed alike."""
@@ -83,6 +86,7 @@ class AdapterFacts:
             trust_remote_code=self.trust_remote_code,
             config_overrides={} if full else self.config_overrides,
             linear=method is not None and method.linear_only,
+            quantization=self.quantization,
         )
 
 
@@ -107,6 +111,7 @@ def facts_of(plan: Plan, base: str, encoding: Encoding, data_format: str) -> Ada
         seed=recipe.training.seed,
         config_overrides=dict(recipe.model.config_overrides),
         attn_implementation=recipe.model.attn_implementation,
+        quantization=plan.quantization,
     )
 
 
@@ -119,8 +124,10 @@ def read_facts(folder: Path, base: str | None = None) -> AdapterFacts:
     if (folder / FACTS).is_file():
         data = read_mapping(folder / FACTS)
         try:
-            encoding = Encoding.from_json(data["encoding"])
-            return AdapterFacts(**data | {"encoding": encoding} | ({"base": base} if base else {}))
+            read: dict[str, Any] = {"encoding": Encoding.from_json(data["encoding"])}
+            if quantization := data.get("quantization"):
+                read["quantization"] = Quantization.from_json(quantization)
+            return AdapterFacts(**data | read | ({"base": base} if base else {}))
         except (KeyError, TypeError) as error:
             raise LoadError(f"{folder / FACTS} is damaged or of another version of peftkit: {error}") from error
     if not (folder / CONFIG).is_file():

@@ -17,18 +17,32 @@ from peftkit.run import Run
 def detect_hardware() -> Hardware:
     """Facts about the device that this process trains on; PEFTKIT_DEVICE=cpu hides a GPU."""
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    forced_cpu = os.environ.get("PEFTKIT_DEVICE") == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if torch.cuda.is_available() and not forced_cpu:
-        index = int(os.environ.get("LOCAL_RANK", "0"))
+    index = _cuda_index()
+    if index is not None:
         facts = torch.cuda.get_device_properties(index)
         return Hardware(
             "cuda", facts.name, torch.cuda.is_bf16_supported(including_emulation=False), facts.total_memory, num_processes
         )
     memory = psutil.virtual_memory().total
-    if torch.backends.mps.is_available() and not forced_cpu:
+    if torch.backends.mps.is_available() and not _is_forced_to_cpu():
         return Hardware("mps", "Apple GPU", True, memory, num_processes)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or platform.machine() == "arm64"
     return Hardware("cpu", "the CPU", bool(native), memory, num_processes)
+
+
+def _is_forced_to_cpu() -> bool:
+    return os.environ.get("PEFTKIT_DEVICE") == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def _cuda_index() -> int | None:
+    """The GPU of this process; None where it has none."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() and not _is_forced_to_cpu() else None
+
+
+def quantizing_device() -> torch.device:
+    """Where weights are quantised while they are loaded: on this process's GPU, or else on the CPU."""
+    index = _cuda_index()
+    return torch.device("cpu") if index is None else torch.device("cuda", index)
 
 
 # Accelerators of launched runs, with the models that they wrapped: freeing DDP's reducer while holding the GIL can wait for

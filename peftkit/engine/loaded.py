@@ -18,6 +18,7 @@ from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
+from peftkit.engine.quantized import bitsandbytes_layers, dequantized
 from peftkit.engine.store import load_into
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
@@ -55,6 +56,11 @@ class LoadedAdapter:
     def method(self) -> Method | None:
         """The method's facts; None for an adapter of a type that is not known here."""
         return METHODS.get(self.facts.method)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base's linear layers are quantised, by training's wish or as its checkpoint has them."""
+        return self.facts.quantization is not None or next(bitsandbytes_layers(self.model), None) is not None
 
     @property
     def position_limit(self) -> int | None:
@@ -131,6 +137,15 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
     device = Accelerator().device
     return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)
+
+
+def with_full_weights(loaded: LoadedAdapter) -> nn.Module:
+    """The same adapter on the weights that its quantised base stands for, freshly loaded, on the CPU in float32."""
+    source = loaded.facts.base_model(loaded.folder)
+    base, missing = load_base_model(source, loaded.runtime.settings)
+    set_pad_token(base, loaded.runtime.tokenizer)
+    plain = dequantized(base).to("cpu")
+    return load_into(plain, loaded.folder, loaded.facts.method, missing).float()
 
 
 def _require_own_virtual_tokens(folder: Path, facts: AdapterFacts) -> None:

@@ -15,10 +15,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
-from peftkit.engine.loaded import LoadedAdapter
+from peftkit.engine.loaded import LoadedAdapter, with_full_weights
 from peftkit.engine.model import Base, load_base_model, read_tokenizer, set_pad_token
 from peftkit.engine.modules import with_conv1d
 from peftkit.engine.parity import RENDERINGS, check_renderings
+from peftkit.engine.quantized import compute_in_float32
 from peftkit.errors import CertificateError, RecipeError
 from peftkit.methods import METHODS
 from peftkit.run import new_folder
@@ -35,6 +36,8 @@ def probe_examples(runtime: Runtime, task: Task, max_length: int) -> list[Exampl
 def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, Any]:
     """Merge in float32, compare, cast, save, load again with plain transformers, compare again.
 
+    On a quantised base: into the weights that its layers stand for, so that nothing is rounded and the result is plain.
+
     Args:
         loaded: the adapter.
         output: folder to write; must not exist or be empty.
@@ -49,28 +52,46 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"--output {output}: is not empty; name a new folder")
-    wanted = str(next(loaded.model.parameters()).dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    wanted = _dtype_of_base(loaded) if dtype == "auto" else dtype
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
-    model = loaded.model.to("cpu").float()
+    _refuse_unmergeable(loaded.model, loaded.facts.method)
+    model = compute_in_float32(loaded.model.to("cpu"))
     reference = reference_logits(model, loaded.runtime, examples)
+    if loaded.is_quantized:
+        model = with_full_weights(loaded)
     merged = with_conv1d(_merged(model, loaded.facts.method))
     exact = largest_difference(reference, reference_logits(merged, loaded.runtime, examples))
     _require(exact, TOLERANCE["float32"], reference, "merged")
     with new_folder(output) as folder:
-        merged.to(getattr(torch, wanted)).save_pretrained(folder)  # type: ignore[operator]
-        loaded.runtime.tokenizer.save_pretrained(folder)
-        _copy(loaded.folder, folder, "generation_config.json", RENDERINGS)
-        check_renderings(folder, loaded.task.runtime(read_tokenizer(str(folder)), loaded.runtime.settings))
-        alone, missing = load_base_model(
-            Base(str(folder), loaded.task, wanted, trust_remote_code=loaded.facts.trust_remote_code)
-        )
-        if missing:
-            raise CertificateError(f"the merged model lacks weights when loaded alone: {sorted(missing)[:3]}")
-        set_pad_token(alone, loaded.runtime.tokenizer)
-        saved = largest_difference(reference, reference_logits(alone.float(), loaded.runtime, examples))
-        _require(saved, TOLERANCE[wanted], reference, f"saved ({wanted})")
+        saved = _save_and_compare(folder, merged, loaded, wanted, (examples, reference))
     tolerance = TOLERANCE[wanted] * scale_of(reference)
     return {"output": str(output), "dtype": wanted, "max_abs_diff": exact, "max_abs_diff_saved": saved, "tolerance": tolerance}
+
+
+def _save_and_compare(
+    folder: Path, merged: Any, loaded: LoadedAdapter, wanted: str, proof: tuple[Sequence[Example], Sequence[torch.Tensor]]
+) -> float:
+    """Write the model and load it again with plain transformers; the largest difference from the proof's logits."""
+    examples, reference = proof
+    merged.to(getattr(torch, wanted)).save_pretrained(folder)
+    loaded.runtime.tokenizer.save_pretrained(folder)
+    _copy(loaded.folder, folder, "generation_config.json", RENDERINGS)
+    check_renderings(folder, loaded.task.runtime(read_tokenizer(str(folder)), loaded.runtime.settings))
+    alone, missing = load_base_model(Base(str(folder), loaded.task, wanted, trust_remote_code=loaded.facts.trust_remote_code))
+    if missing:
+        raise CertificateError(f"the merged model lacks weights when loaded alone: {sorted(missing)[:3]}")
+    set_pad_token(alone, loaded.runtime.tokenizer)
+    saved = largest_difference(reference, reference_logits(alone.float(), loaded.runtime, examples))
+    _require(saved, TOLERANCE[wanted], reference, f"saved ({wanted})")
+    return saved
+
+
+def _dtype_of_base(loaded: LoadedAdapter) -> str:
+    """The dtype of the base's weights, or of those of them that are not quantised."""
+    if loaded.is_quantized:
+        model: Any = loaded.model
+        return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 
 def _copy(source: Path, folder: Path, *names: str) -> None:
@@ -80,14 +101,18 @@ def _copy(source: Path, folder: Path, *names: str) -> None:
             (folder / name).write_bytes((source / name).read_bytes())
 
 
-def _merged(model: nn.Module, method: str) -> nn.Module:
+def _refuse_unmergeable(model: nn.Module, method: str) -> None:
     known = METHODS.get(method)
     if known and known.not_mergeable:
         raise RecipeError(f"--adapter: a {method} adapter cannot be merged: {known.not_mergeable}")
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if known and config is not None and (reason := known.not_mergeable_with(config)):
+        raise RecipeError(f"--adapter: this adapter cannot be merged: {reason}")
+
+
+def _merged(model: nn.Module, method: str) -> nn.Module:
     if not isinstance(model, PeftModel):
         return model  # trained in the base's own tensors
-    if known and (reason := known.not_mergeable_with(model.active_peft_config)):
-        raise RecipeError(f"--adapter: this adapter cannot be merged: {reason}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ties that merging breaks: the comparison of logits decides

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from peftkit.engine.modules import is_tied, linearised
+from peftkit.engine.quantized import loading_options, make_safe
 from peftkit.errors import LoadError
 from peftkit.plan import Plan
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_path
+from peftkit.recipe.quantization import Quantization
 from peftkit.tasks.base import Task
 from peftkit.tasks.chat import default_chat_template
 from peftkit.tasks.encoding import Encoding
@@ -48,6 +53,7 @@ class Base:
         use_safetensors: whether pickle weights are refused.
         config_overrides: keys of the config to change.
         linear: whether GPT-2's Conv1D layers are to be turned into Linear.
+        quantization: how its linear layers are quantised.
     """
 
     path: str
@@ -61,6 +67,7 @@ class Base:
     use_safetensors: bool = True
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     linear: bool = False
+    quantization: Quantization | None = None
 
 
 def base_of(plan: Plan) -> Base:
@@ -78,6 +85,7 @@ def base_of(plan: Plan) -> Base:
         use_safetensors=section.use_safetensors,
         config_overrides=section.config_overrides,
         linear=plan.method.linear_only,
+        quantization=plan.quantization,
     )
 
 
@@ -178,7 +186,10 @@ def with_outputs(config: PretrainedConfig, task: Task, settings: Encoding | None
 
 
 def meta_model(base: Base, config: PretrainedConfig) -> PreTrainedModel:
-    """The model's modules and parameter shapes without weights, embeddings tied as the checkpoint has them."""
+    """The model's modules and parameter shapes without weights, embeddings tied as the checkpoint has them, not quantised."""
+    if "quantization_config" in vars(config):
+        config = copy.copy(config)
+        del config.quantization_config
     try:
         with torch.device("meta"):
             model = _auto_class(base, config).from_config(
@@ -239,10 +250,10 @@ def weight_names(base: Base) -> set[str] | None:
 def load_base_model(
     base: Base, settings: Encoding | None = None, *, head_seed: int | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The base model with its weights, on the CPU, and the names of weights that its checkpoint lacks.
+    """The base model with its weights, and the names of weights that its checkpoint lacks.
 
-    A head that the checkpoint lacks is random by `head_seed` (default: the base's seed); a base of `init: random` is always
-    the one of its own seed.
+    It is on the CPU, or where it was quantised. A head that the checkpoint lacks is random by `head_seed` (default: the base's
+    seed); a base of `init: random` is always the one of its own seed.
 
     Raises:
         LoadError: weights are missing (other than a new head), of another shape, or damaged.
@@ -252,8 +263,10 @@ def load_base_model(
     transformers.set_seed(base.seed if head_seed is None or base.init == "random" else head_seed)
     common = {"attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code, "dtype": dtype}
     if base.init == "random":
-        model = _auto_class(base, config).from_config(config, **common)
-        return linearised(model) if base.linear else model, set()
+        return _random_model(base, config, common), set()
+    if base.quantization is not None and base.quantization.is_stored:
+        common |= _renaming_foretold(base, config)  # weights that are not found cannot be made at random in quantised layers
+    common |= loading_options(base.quantization, config)
     model, info = _from_pretrained(base, config, common)
     if renamed := _other_prefix(model, info):
         model, info = _from_pretrained(base, config, common | {"key_mapping": renamed})
@@ -264,12 +277,33 @@ def load_base_model(
         missing = {name for name in missing if "pooler." not in name}
     if missing and (not base.task.has_head or _lacks_layers(missing)):
         raise LoadError(f"`{base.path}` lacks weights and would run on random ones: {sorted(missing)[:5]}")
-    return linearised(model) if base.linear else model, missing
+    return _finished(base, model), missing
 
 
-def _from_pretrained(base: Base, config: PretrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _finished(base: Base, model: PreTrainedModel) -> PreTrainedModel:
+    # transformers hands bitsandbytes the transposed weights of Conv1D; the other libraries know nothing of it
+    linear = base.linear or (base.quantization is not None and base.quantization.method in ("torchao", "hqq"))
+    return make_safe(linearised(model) if linear else model, base.quantization)
+
+
+def _random_model(base: Base, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The model of a config with random weights; quantised by way of a checkpoint, as transformers quantises what it loads."""
+    vars(config).pop("quantization_config", None)
+    model: PreTrainedModel = _auto_class(base, config).from_config(config, **options)
+    quantizing = loading_options(base.quantization, config)
+    if not quantizing:
+        return _finished(base, model)
+    with tempfile.TemporaryDirectory(prefix="peftkit-") as folder:
+        model.save_pretrained(folder)
+        saved = dataclasses.replace(base, path=folder, revision=None, use_safetensors=True)
+        return _finished(base, _from_pretrained(saved, config, options | quantizing, type(model))[0])
+
+
+def _from_pretrained(
+    base: Base, config: PretrainedConfig, options: dict[str, Any], model_class: Any = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        model, info = _auto_class(base, config).from_pretrained(
+        model, info = (model_class or _auto_class(base, config)).from_pretrained(
             base.path,
             config=config,
             revision=base.revision,
@@ -297,6 +331,17 @@ def _other_prefix(model: PreTrainedModel, info: dict[str, Any]) -> dict[str, str
     if len(found) != 1 or not _lacks_layers(info["missing_keys"]):
         return {}
     return {rf"^{found.pop()}\.": f"{model.base_model_prefix}."}
+
+
+def _renaming_foretold(base: Base, config: PretrainedConfig) -> dict[str, Any]:
+    """The option that renames a checkpoint's weights for a class that calls the backbone otherwise, from the header alone."""
+    model = meta_model(base, config)
+    own = {name for name, _ in model.named_parameters()}
+    found = {name.partition(".weight.")[0] + ".weight" if ".weight." in name else name for name in weight_names(base) or ()}
+    known = found | {f"{model.base_model_prefix}.{name}" for name in found}
+    unexpected = [name for name in found if not {name, f"{model.base_model_prefix}.{name}"} & own]
+    renamed = _other_prefix(model, {"unexpected_keys": unexpected, "missing_keys": own - known})
+    return {"key_mapping": renamed} if renamed else {}
 
 
 def missing_weights(base: Base, model: PreTrainedModel) -> set[str]:

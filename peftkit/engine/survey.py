@@ -14,6 +14,7 @@ from peftkit.engine.fast import find_fast_paths
 from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
 from peftkit.engine.prepare import Model
+from peftkit.engine.quantizing import settle_quantization
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Choice, Plan, make_plan
 from peftkit.recipe import LoadedRecipe
@@ -44,6 +45,7 @@ def survey(loaded: LoadedRecipe, *, date: str | None = None, on_row: Callable[[]
     """
     plan = make_plan(loaded, detect_hardware())
     model = find_model_facts(plan, date)
+    plan = settle_quantization(plan)
     data = load_data(plan, model, on_row=on_row)
     if plan.task.uses_chat_template and is_default_template(model.tokenizer) and _has_conversations(data):
         reason = "the tokenizer has none: turns begin with `### User:` and the like; stored with the adapter"

@@ -139,9 +139,10 @@ def fused_experts(model: PreTrainedModel) -> list[str]:
 
 
 def linear_sizes(module: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    first, second = module.weight.shape
-    return (first, second) if isinstance(module, Conv1D) else (second, first)
+    """Inputs and outputs of a linear layer; the weight of a quantised one has another shape."""
+    if isinstance(module, Conv1D):
+        return tuple(module.weight.shape)
+    return module.in_features, module.out_features
 
 
 def _ends_feedforward(model: nn.Module, name: str) -> bool:

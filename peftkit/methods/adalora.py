@@ -77,6 +77,7 @@ ADALORA = Method(
     peft_config="AdaLoraConfig",
     several_adapters=False,
     targets="query_value",
+    other_layers=("torchao",),
     learning_rate=5e-4,
     learning_rate_source="the authors' script for summaries with BART (QingruZhang/AdaLoRA): 5e-4; "
     "PEFT's method comparison tried 1e-4 only (37.3%)",

@@ -40,6 +40,7 @@ ADAPTION_PROMPT = Method(
     model_types=("llama", "mistral", "gpt2"),
     why_not="PEFT has wrappers for the attention of llama, mistral and gpt2 only",
     not_mergeable="its tokens have an attention of their own, which is no change of weights",
+    other_layers=("torchao",),
     learning_rate=5e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 21.2% at 5e-4, 38.4% at 5e-3",
     other_defaults={"adapter_len": "PEFT has none and fails without one; the paper uses 10"},

@@ -11,13 +11,15 @@ from typing import Any, Literal
 from peftkit.section import Section
 
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
-Quantization = Literal["4bit", "8bit"]
+Quantization = Literal["4bit", "8bit"]  # of bitsandbytes
+Layers = Literal["4bit", "8bit", "torchao", "hqq", "gptq", "awq"]
 Targets = Literal["", "suffix", "query_value", "key_value_feedforward", "value", "all_linear", "norms", "embedding"]
 
 EVERY_TASK = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 EVERY_KIND: tuple[ModelKind, ...] = ("decoder", "encoder", "encoder-decoder")
 WITHOUT_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 BOTH: tuple[Quantization, ...] = ("4bit", "8bit")
+OTHER_LAYERS: tuple[Layers, ...] = ("torchao", "hqq", "gptq", "awq")
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # one of a kind each; what is not generated starts faster
@@ -42,8 +44,10 @@ class Method:
         model_types: `model_type` of the base models that it works on; empty: all of those kinds.
         lacks: why a model of this config.json has nothing for it; empty where it has, or where that cannot be told.
         why_not: why it does not work on the others; empty where it works on all.
-        quantizations: quantised base layers that it trains on correctly.
-        why_not_quantized: what happens on the others.
+        quantizations: bitsandbytes layers that it trains on correctly.
+        other_layers: quantised layers of other libraries that it trains on correctly.
+        why_not_quantized: what happens on other bitsandbytes layers.
+        not_quantized_with: (section, layers) -> (field, sentence) for settings of this section that do not work on such layers.
         not_mergeable: why it can never be merged into the base model; empty where it can.
         not_mergeable_with: reason why this section (or PEFT config: the fields are the same) in particular cannot be merged, or
             an empty string.
@@ -101,7 +105,9 @@ class Method:
     lacks: Callable[[Mapping[str, Any]], str] = lambda config: ""
     why_not: str = ""
     quantizations: tuple[Quantization, ...] = BOTH
+    other_layers: tuple[Layers, ...] = ()
     why_not_quantized: str = ""
+    not_quantized_with: Callable[[Any, Layers], Iterator[tuple[str, str]]] = lambda section, layers: iter(())
     not_mergeable: str = ""
     not_mergeable_with: Callable[[Any], str] = lambda section: ""
     not_packable_with: Callable[[Any], str] = lambda section: ""
@@ -140,6 +146,11 @@ class Method:
     def in_peft(self) -> bool:
         """Whether PEFT holds its parameters."""
         return bool(self.peft_config)
+
+    @property
+    def trains_on(self) -> tuple[Layers, ...]:
+        """Every kind of quantised layers that it trains on correctly; virtual tokens have nothing to do with layers."""
+        return (*self.quantizations, *(OTHER_LAYERS if self.kind == "prompt" else self.other_layers))
 
     def learning_rate_for(self, task: str) -> tuple[float, str]:
         """The default learning rate for a task, and its source."""

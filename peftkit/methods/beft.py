@@ -29,6 +29,7 @@ BEFT = Method(
     peft_config="BeftConfig",
     targets="value",
     linear_only=True,
+    other_layers=("torchao",),
     learning_rate=1e-3,
     learning_rate_source="the authors' script for OPT-1.3B (whubaichuan/BEFT): 1e-3 for most tasks; "
     "PEFT's method comparison tried 1e-4 only (32.1%)",

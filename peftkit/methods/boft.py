@@ -65,6 +65,7 @@ BOFT = Method(
     peft_config="BOFTConfig",
     targets="query_value",
     linear_only=True,
+    other_layers=("hqq",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 34.3% at 1e-4",
     left_out={

@@ -45,6 +45,7 @@ C3A = Method(
     peft_config="C3AConfig",
     targets="query_value",
     linear_only=True,
+    other_layers=("torchao",),
     learning_rate=0.3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 48.7% at 0.3",
     check=check_targets,

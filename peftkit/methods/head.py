@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from peftkit.methods.base import EVERY_TASK, Method
+from peftkit.methods.base import EVERY_TASK, OTHER_LAYERS, Method
 from peftkit.section import Section
 
 
@@ -25,6 +25,7 @@ HEAD = Method(
     trains_output=True,
     tasks=tuple(task for task in EVERY_TASK if task != "FEATURE_EXTRACTION"),
     why_not="embeddings have no head",
+    other_layers=OTHER_LAYERS,
     learning_rate=1e-2,
     learning_rate_source="ours: recipes/quickstart.yaml with `head`: 0.55 at 1e-3, 0.65 at 1e-2, 0.70 at 1e-1 (validation)",
 )

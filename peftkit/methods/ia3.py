@@ -44,6 +44,7 @@ IA3 = Method(
     kind="weights",
     peft_config="IA3Config",
     targets="key_value_feedforward",
+    other_layers=("torchao",),
     learning_rate=5e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 31.1% at 1e-4, 39.8% at 1e-3, "
     "45.5% at 5e-3 with all of the attention",

@@ -39,6 +39,7 @@ LILY = Method(
     not_mergeable="its router mixes the factors by the input",
     targets="query_value",
     linear_only=True,
+    other_layers=("torchao",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 52.6% at 1e-4, with r 140, scaling 8",
     check=check_targets,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from peftkit.methods.base import Method
+from peftkit.methods.base import OTHER_LAYERS, Method
 from peftkit.methods.fields import ExcludeModules, ModulesToSave, TargetModules
 from peftkit.methods.targeting import check_targets
 from peftkit.section import Section
@@ -30,6 +30,7 @@ LN_TUNING = Method(
     kind="weights",
     peft_config="LNTuningConfig",
     targets="norms",
+    other_layers=OTHER_LAYERS,
     learning_rate=5e-3,
     learning_rate_source="as for ia3, whose vectors rescale activations too; ours, 60 steps of a 5M-parameter Llama: loss 5.44 "
     "to 5.26 at 1e-3, to 4.64 at 1e-2; PEFT's method comparison tried 1e-4 only (0.0%)",

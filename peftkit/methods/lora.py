@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from peftkit.methods.base import EVERY_TASK, WITHOUT_HEAD, Method
+from peftkit.methods.base import EVERY_TASK, OTHER_LAYERS, WITHOUT_HEAD, Layers, Method
 from peftkit.methods.fields import (
     AlphaPattern,
     ExcludeModules,
@@ -252,6 +252,31 @@ def _fits(section: LoraSection, inputs: int, outputs: int) -> Iterator[tuple[str
         yield "r", f"is {section.r}, for which `{section.init_lora_weights}` finds too few singular vectors; at most {most}"
 
 
+_VARIANTS = ("kasa_config", "monteclora_config", "use_bdlora", "velora_config")
+_READ_WEIGHTS = ("pissa", "olora", "orthogonal", "mica", "corda", "lora_ga")
+
+
+def _not_quantized_with(section: LoraSection, layers: Layers) -> Iterator[tuple[str, str]]:
+    """Seen with PEFT 0.21.2: on quantised layers it passes over most variants in silence and trains a plain LoRA."""
+    init = str(section.init_lora_weights)
+    if init.startswith(_READ_WEIGHTS):
+        yield "init_lora_weights", f"`{init}` starts from the base's weights, which are quantised; use true, gaussian or eva"
+    if init == "loftq":
+        yield "init_lora_weights", "`loftq` quantises the base itself; leave `model.quantization` out"
+    for name in _VARIANTS:
+        if getattr(section, name) is not None:
+            yield name, f"has no effect on {layers} layers: PEFT would train a plain LoRA"
+    if section.bias != "none" and layers in ("hqq", "gptq", "awq"):
+        yield "bias", f"cannot train the biases of {layers} layers, which are no parameters there"
+    if section.lora_bias and layers in OTHER_LAYERS:
+        yield "lora_bias", f"is not there on {layers} layers (PEFT 0.21)"
+    if (section.alora_invocation_tokens or section.alora_invocation_text) and layers in ("hqq", "gptq", "awq"):
+        name = "alora_invocation_tokens" if section.alora_invocation_tokens else "alora_invocation_text"
+        yield name, f"has no effect on {layers} layers: PEFT would train a plain LoRA"
+    if section.use_dora and layers == "8bit":
+        yield "use_dora", "loses the scales of 8-bit weights after one step (PEFT 0.21); use 4 bits"
+
+
 LORA = Method(
     name="lora",
     summary="Low-rank updates of linear layers (Hu et al. 2021); rsLoRA, DoRA, PiSSA, OLoRA, MiCA, VeLoRA by its fields",
@@ -261,6 +286,7 @@ LORA = Method(
     mixed_batches=True,
     lora_plus=True,
     targets="query_value",
+    other_layers=OTHER_LAYERS,
     learning_rate=2e-4,
     learning_rate_source="QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), table 9",
     task_learning_rates={"SEQ_CLS": (1e-3, "ours: all-MiniLM-L6-v2 on sentence polarity, benchmarks/README.md")},
@@ -282,6 +308,7 @@ LORA = Method(
     runtime_module="peftkit.methods.lora_torch",
     not_mergeable_with=_not_mergeable_with,
     not_packable_with=_not_packable_with,
+    not_quantized_with=_not_quantized_with,
     needs_cuda=lambda section: "init_lora_weights" if section.init_lora_weights == "loftq" else "",
     trains_nothing=lambda section: section.arrow_config is not None,
     tasks_with=lambda section: WITHOUT_HEAD if section.arrow_config is not None else EVERY_TASK,

@@ -61,6 +61,7 @@ MISS = Method(
     peft_config="MissConfig",
     targets="query_value",
     linear_only=True,
+    other_layers=("hqq",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 48.7% at 1e-4, 50.4% with `bat`",
     check=_check,

@@ -71,6 +71,7 @@ OFT = Method(
     peft_config="OFTConfig",
     targets="query_value",
     linear_only=True,
+    other_layers=("hqq",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 49.1% at 1e-4, with blocks of 32",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

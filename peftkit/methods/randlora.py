@@ -49,6 +49,7 @@ RANDLORA = Method(
     kind="weights",
     peft_config="RandLoraConfig",
     targets="query_value",
+    other_layers=("torchao",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 47.8% at 1e-4",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

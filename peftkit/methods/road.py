@@ -51,6 +51,7 @@ ROAD = Method(
     mixed_batches=True,
     targets="query_value",
     linear_only=True,
+    other_layers=("torchao",),
     learning_rate=1e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 38.5% at 1e-3",
     check=_check,

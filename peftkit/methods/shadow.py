@@ -81,6 +81,7 @@ SHADOW = Method(
     model_kinds=("decoder",),
     why_not="it rides along a decoder's stack of layers, and its small model is a decoder",
     not_mergeable="its corrections depend on the input, so no weights amount to them",
+    other_layers=("torchao", "hqq"),
     learning_rate=1e-3,
     learning_rate_source="ours, one seed: 80 steps of a 5.4M-parameter Llama on answers in capitals, held-out loss "
     "from 4.22 to 3.84 at 3e-4, 3.39 at 1e-3, 3.00 at 3e-3; below the best, since larger bases were not tried",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from peftkit.methods.base import Method
+from peftkit.methods.base import OTHER_LAYERS, Method
 from peftkit.methods.fields import TargetModules
 from peftkit.section import NonNegativeInt, Section
 
@@ -48,6 +48,7 @@ TRAINABLE_TOKENS = Method(
     kind="weights",
     peft_config="TrainableTokensConfig",
     targets="embedding",
+    other_layers=OTHER_LAYERS,
     learning_rate=0.2,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 24.6% at 0.2, with two tokens",
     own_fields={"tokens": "turned into token_indices with the model's tokenizer"},

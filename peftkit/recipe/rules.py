@@ -21,6 +21,7 @@ from peftkit.recipe.data_rules import check_data
 from peftkit.recipe.findings import Finding, written
 from peftkit.recipe.fit import check_fit, read_config
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_path, looks_local, places_text
+from peftkit.recipe.quantization import check_quantization
 from peftkit.recipe.schema import Recipe
 from peftkit.tasks import TASKS, keys_of_others
 from peftkit.tasks.encoding import EmbeddingSettings, Encoding, SpanSettings
@@ -42,6 +43,7 @@ def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[
     yield from _adapter(recipe, recipe_dir)
     config = read_config(recipe, recipe_dir)
     yield from check_fit(recipe, config)
+    yield from check_quantization(recipe, config)
     yield from _packing(recipe, config)
     yield from _model(recipe, recipe_dir)
     yield from _training(recipe)

@@ -32,6 +32,31 @@ def _sources_as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+class QuantizationSection(Section):
+    """How the linear layers of the base are quantised while it is loaded; heads and the output embedding never are."""
+
+    method: Literal["bitsandbytes", "torchao", "hqq"] = Field("bitsandbytes", description="The library that quantises.")
+    bits: Literal[1, 2, 3, 4, 8] = Field(
+        description="Bits of a weight: 4 or 8 with bitsandbytes, 8 with torchao, 1 to 4 or 8 with hqq."
+    )
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="bitsandbytes, 4 bits: data type of the weights.")
+    double_quant: bool = Field(True, description="bitsandbytes, 4 bits: quantise the scales too (0.4 bits less per weight).")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="bitsandbytes with 4 bits, hqq: type that weights are multiplied in. auto: that of mixed_precision, or of "
+        "the weights that are not quantised.",
+    )
+    quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = Field(
+        "uint8", description="bitsandbytes, 4 bits: type that packed weights lie in; FSDP needs that of the other weights."
+    )
+    llm_int8_threshold: NonNegativeFloat = Field(
+        6.0, description="bitsandbytes, 8 bits: inputs larger than this are multiplied in 16 bits (LLM.int8); 0: none are."
+    )
+    group_size: Annotated[PositiveInt, Field(multiple_of=8)] = Field(
+        64, description="hqq: weights that share a scale, a multiple of 8."
+    )
+
+
 class ModelSection(Section):
     """The base model."""
 
@@ -41,6 +66,9 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the frozen weights. auto: bfloat16 on a GPU that has it, float32 elsewhere."
+    )
+    quantization: QuantizationSection | None = Field(
+        None, description="Quantise the frozen linear layers, such as `{bits: 4}` (QLoRA) or `{bits: 8}`."
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random builds the model from its config alone, with the seed of the run."

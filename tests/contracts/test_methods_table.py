@@ -60,7 +60,7 @@ def facts_table() -> str:
     lines = ["| method | what it is | learning rate | quantised bases | adapters on one base |", "|---|---|---|---|---|"]
     for name, method in METHODS.items():
         several = "several, also in one batch" if method.mixed_batches else "several" if method.several_adapters else "one"
-        bits = ", ".join(method.quantizations) or "none"
+        bits = ", ".join(method.trains_on) or "none"
         lines.append(f"| `{name}` | {method.summary} | {method.learning_rate:g} | {bits} | {several} |")
     return "\n".join(lines) + "\n"
 
@@ -81,7 +81,10 @@ def document() -> str:
     """The whole file."""
     sections = [HEAD + matrix_table(), "## Facts\n\n" + facts_table(), "## Reasons\n\n" + reasons()]
     return (
-        "\n".join(sections) + "\n`peftkit methods NAME` shows the fields of a method, its learning rates and their sources.\n"
+        "\n".join(sections)
+        + "\nQuantised bases: 4bit and 8bit are layers of bitsandbytes. Settings that do not work there are refused by\n"
+        "`validate`; [quantization.md](quantization.md) lists them.\n\n"
+        "`peftkit methods NAME` shows the fields of a method, its learning rates and their sources.\n"
     )
 
 
