@@ -206,6 +206,8 @@ def _machine_problems(recipe: Recipe, hardware: Hardware) -> list[tuple[str, str
     if METHODS[recipe.adapter.method].stands_alone and recipe.model.dtype == "float16":
         problems.append(("model.dtype", "weights that are trained themselves lose their updates in float16; use float32"))
     problems += _needs_cuda(recipe, device)
+    if training.torch_compile and device == "mps":
+        problems.append(("training.torch_compile", "compiles for the CPU and for CUDA GPUs, not for an Apple GPU; use false"))
     if training.batch_size < hardware.num_processes:
         what = f"{training.batch_size} sequences cannot feed {hardware.num_processes} processes"
         problems.append(("training.batch_size", what))
@@ -218,6 +220,9 @@ def _needs_cuda(recipe: Recipe, device: str) -> list[tuple[str, str]]:
     problems = []
     if str(recipe.model.attn_implementation).startswith("flash_attention"):
         problems.append(("model.attn_implementation", f"`{recipe.model.attn_implementation}` needs a CUDA GPU; use sdpa"))
+    if recipe.training.activation_offloading:
+        what = "moves activations from a CUDA GPU to the CPU's memory; this machine has no such GPU, so it has no effect"
+        problems.append(("training.activation_offloading", what))
     if field := METHODS[recipe.adapter.method].needs_cuda(recipe.adapter):
         value = getattr(recipe.adapter, field)
         problems.append((f"adapter.{field}", f"`{value}` needs a CUDA GPU, this machine has none"))

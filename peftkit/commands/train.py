@@ -10,6 +10,7 @@ from typing import Any
 from peftkit import console
 from peftkit.engine.adapter import attach_adapter
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
+from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.facts import facts_of, write_model_card
@@ -17,6 +18,7 @@ from peftkit.engine.guard import explain_exhaustion
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
+from peftkit.engine.savings import save_memory
 from peftkit.engine.store import initial_state, save_adapter
 from peftkit.engine.stream import Stream
 from peftkit.engine.survey import Survey, survey
@@ -119,8 +121,9 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     runtime = plan.task.runtime(tokenizer, data.encoding)
     context = training_context(plan, tokenizer, runtime, data)
     model = attach_adapter(base_model, missing, context)
-    if plan.recipe.training.gradient_checkpointing:
-        base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    save_memory(base_model, plan)
+    if plan.recipe.training.torch_compile:
+        compile_layers(base_model)
     untrained = initial_state(model, plan)
     accelerator = start_accelerator(plan, run)
     if isinstance(data.train, Stream) and accelerator.is_main_process:
@@ -139,7 +142,8 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
         facts = facts_of(plan, base.path, data.encoding, data.formats[0])
         rows = data.held_out.get("validation", data.sample)[:NUM_ROWS]
         trainer.paths.leave(model)  # the proof is about the plain model
-        reference = reference_logits(model, runtime, rows, plan.mixed_precision)
+        with uncompiled(model):
+            reference = reference_logits(model, runtime, rows, plan.mixed_precision)
         save_adapter(run.adapter_dir, model, tokenizer, facts, untrained, data.renderings)
         summary["certificate"] = certify(run.adapter_dir, reference, facts, runtime, rows)
         write_model_card(run.adapter_dir, facts, metrics, summary["certificate"])

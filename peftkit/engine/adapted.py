@@ -78,7 +78,9 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]  # peft is untyped here
         try:
             yield
         finally:
-            self.task_ids = None
+            # Layers that are recomputed in the backward pass ask for them once more.
+            if not (self.training and torch.is_grad_enabled()):
+                self.task_ids = None
 
     def _give_task_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Any, Kwargs]:
         return args, kwargs | {"task_ids": self.tasks_of(args[0].shape[0])}

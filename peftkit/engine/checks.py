@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.engine.adapter import targeted
+from peftkit.engine.compiled import compile_problem
+from peftkit.engine.savings import checkpoint_problem
 from peftkit.engine.targets import Targets, count_matches, linear_leaf_names, linear_sizes, matches
 from peftkit.plan import Plan
 
@@ -28,8 +30,13 @@ _INITS_BY_WEIGHT = ("pissa", "olora", "orthogonal", "mica")  # ranks beyond the 
 
 def model_problems(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """Settings of the recipe that this model cannot follow."""
-    if plan.recipe.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        yield "training.gradient_checkpointing", f"{type(model).__name__} does not support it"
+    training = plan.recipe.training
+    if what := checkpoint_problem(model, training.gradient_checkpointing):
+        yield "training.gradient_checkpointing", what
+    if plan.recipe.generation.cache_implementation == "static" and not model._can_compile_fullgraph:
+        yield "generation.cache_implementation", f"{type(model).__name__} has no static cache; use dynamic"
+    if training.torch_compile and (what := compile_problem(model, plan.hardware.device)):
+        yield "training.torch_compile", what
 
 
 def unmatched(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:

@@ -76,6 +76,11 @@ def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
     drops_mask = rows == "padded" and plan.task.packs
     if drops_mask:
         choices.append(Choice("fast: mask", "none", "what a causal model sees of a row never lies behind it, in the padding"))
+    training = plan.recipe.training
+    if training.torch_compile or training.gradient_checkpointing == "selective":
+        why = "torch.compile fuses them" if training.torch_compile else "selective checkpointing keeps the products within"
+        choices.append(Choice("fast: layers", "as they are", why))
+        return FastPaths(rows, by_row, head, drops_mask, (), tuple(choices), attention)
     fused = tuple(fusable(model))
     if fused:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in fused).items())
@@ -90,13 +95,20 @@ def _row_layout(plan: Plan, model: nn.Module) -> tuple[RowLayout, bool, Choice]:
     why = why_not_packed(config, attention) or plan.method.why_not_packed(plan.recipe.adapter)
     why = why if plan.task.packs else f"a row of {plan.task.name} is a sequence of its own"
     one_sequence = not why and packs_by(config, attention) == "one_sequence"
-    by_row = not why and attention in (None, "sdpa") and plan.recipe.training.fast_paths and takes_segments(model)
+    training = plan.recipe.training
+    # A compiled layer would be compiled anew for every number of rows.
+    by_row = not why and attention in (None, "sdpa") and training.fast_paths and not training.torch_compile
+    by_row = by_row and takes_segments(model)
     kernel = "attention runs on one row after the other" if by_row else f"{attention} takes rows of any length"
     if packing is True:
         return "packed", by_row, Choice("data.packing", True, kernel if by_row or one_sequence else "a mask keeps rows apart")
     if packing == "auto" and (by_row or one_sequence):
         return "end_to_end", by_row, Choice("data.packing", "rows of a pass end to end", f"no padding; {kernel}")
-    reason = why or ("as the recipe has it" if packing is False else "one mask for all rows costs more than padding does")
+    reason = why or (
+        "as the recipe has it"
+        if packing is False
+        else "with torch.compile or without fast_paths, one mask for all rows costs more than padding does"
+    )
     return "padded", False, Choice("data.packing", False, reason)
 
 

@@ -105,7 +105,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.parts["scaler"] = self.accelerator.scaler
         self.stop_signal = StopSignal()
-        self.skipped_steps = 0
+        self.skipped_steps, self.next_status = 0, 0.0
         self.last_loss: float | None = None
         self.holds_best = False
 
@@ -280,13 +280,13 @@ class Trainer:
     def _publish(self, line: dict[str, Any], prefix: str = "train") -> None:
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
-        self._write_status()
-        numbers = {
-            f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, int | float) and name != "step"
-        }
+        if time.monotonic() >= self.next_status:
+            self._write_status()
+        numbers = {f"{prefix}/{name}": value for name, value in flat_metrics(line).items() if name != "step"}
         self.accelerator.log(numbers, step=line["step"])
 
     def _write_status(self) -> None:
+        self.next_status = time.monotonic() + 1.0  # it waits for the disk, some milliseconds each time
         if self.accelerator.is_main_process:
             self.run.write_status("training", step=self.progress.step, total_steps=self.total_steps)
 

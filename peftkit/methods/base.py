@@ -74,6 +74,10 @@ class Method:
         no_decay: parts of names of trained matrices that weight decay would pull away from where they start, which is not zero.
         skips_parameters: whether a step of this section can leave trained parameters without a gradient.
         rows_interact: whether the rows of a batch change each other's outputs, so that each must be answered alone.
+        not_recomputable: why its layers cannot be recomputed in the backward pass; empty where they can; `why_not_recomputed`
+            adds what follows from other facts.
+        not_cached: why it generates without a cache of keys and values; empty where it has one.
+        not_compilable: why torch.compile gains nothing for it; empty where it does.
         may_be_empty: whether a tensor without elements is a sound result (a rank that was pruned to nothing).
         needs_cuda: the field of this section that works on a CUDA GPU only; empty where none does.
         reads_adapters: field -> PEFT type of the trained adapters that it names, by folder or run directory.
@@ -130,6 +134,9 @@ class Method:
     no_decay: tuple[str, ...] = ()
     skips_parameters: Callable[[Any], bool] = lambda section: False
     rows_interact: bool = False
+    not_recomputable: str = ""
+    not_cached: str = ""
+    not_compilable: str = ""
     may_be_empty: bool = False
     needs_cuda: Callable[[Any], str] = lambda section: ""
     reads_adapters: Mapping[str, str] = field(default_factory=dict)
@@ -165,6 +172,20 @@ class Method:
         if self.rows_interact:
             return "what it does to a token depends on all tokens of the batch"
         return self.not_packable_with(section)
+
+    @property
+    def why_not_recomputed(self) -> str:
+        """Why gradient checkpointing cannot be used with it; empty where it can."""
+        if self.virtual_tokens_in == "keys_and_values":
+            return "recomputed layers would write their keys and values twice"
+        return self.not_recomputable
+
+    @property
+    def why_not_static(self) -> str:
+        """Why it cannot generate with a static cache; empty where it can."""
+        if self.virtual_tokens_in:
+            return "its virtual tokens take places that a static cache has not"
+        return self.not_cached
 
     def peft_fields(self, section: Section) -> dict[str, Any]:
         """The keyword arguments for the PEFT config class, plain values only."""

@@ -57,6 +57,7 @@ FROD = Method(
     quantizations=(),
     why_not_quantized="it decomposes the weights and trains the factors",
     targets="query_value",
+    not_compilable="torch.compile breaks off in its layers",
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 50.9% at 1e-4; "
     "27.1% at 1e-3 with sparse_rate 0.02",

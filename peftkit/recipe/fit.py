@@ -71,9 +71,10 @@ def check_fit(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, 
     for package in method.requires:
         if importlib.util.find_spec(package) is None:
             yield "adapter.method", f"`{method.name}` needs {package}; `pip install {package}` adds it", 2
-    if recipe.training.gradient_checkpointing and method.virtual_tokens_in == "keys_and_values":
-        what = f"cannot be used with `{method.name}`: recomputed layers would write their keys and values twice"
-        yield "training.gradient_checkpointing", what, 2
+    if recipe.training.gradient_checkpointing and (why := method.why_not_recomputed):
+        yield "training.gradient_checkpointing", f"cannot be used with `{method.name}`: {why}", 2
+    if recipe.training.torch_compile and method.not_compilable:
+        yield "training.torch_compile", f"cannot be used with `{method.name}`: {method.not_compilable}", 2
 
 
 def _task_needs(task: str, kind: ModelKind) -> str:

@@ -157,6 +157,9 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
     if isinstance(training.micro_batch_size, int) and training.micro_batch_size > training.batch_size:
         what = f"is {training.micro_batch_size}, more than `batch_size` ({training.batch_size}), the sequences of a whole step"
         yield "training.micro_batch_size", what, 2
+    if training.torch_compile and training.gradient_checkpointing == "selective":
+        what = "compiled layers choose by themselves what they keep and what they make again; use true, a number or false"
+        yield "training.gradient_checkpointing", f"`selective` has no effect with `torch_compile`: {what}", 2
     if training.optim not in _ADAM:
         for name in written(training, "adam_beta1", "adam_beta2", "adam_epsilon"):
             yield f"training.{name}", f"has no effect with `optim: {training.optim}`", 2
@@ -232,7 +235,10 @@ def _task(recipe: Recipe) -> Iterator[Finding]:
     task = TASKS[recipe.task]
     if not task.generates and recipe.generation.model_fields_set:
         yield "generation", f"has no effect for {task.name}, which generates no text", 2
-    generation = recipe.generation
+    generation, method = recipe.generation, METHODS[recipe.adapter.method]
+    if generation.cache_implementation == "static" and method.why_not_static:
+        what = f"`static` cannot be used with `{method.name}`: {method.why_not_static}"
+        yield "generation.cache_implementation", what, 2
     if not generation.do_sample:
         for name in written(generation, "temperature", "top_p", "top_k"):
             yield f"generation.{name}", "has no effect without `do_sample: true`", 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StrictBool
 from pydantic_core import PydanticKnownError
 
 from peftkit.formats import FORMATS
@@ -253,8 +253,16 @@ class TrainingSection(Section):
         description="Take shorter ways to the same numbers, each proven on the model before the first step: logits at targets "
         "alone, attention row by row, layers in fewer passes over memory.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
+    gradient_checkpointing: StrictBool | Literal["selective"] | PositiveInt = Field(
+        False,
+        description="Recompute layers in the backward pass: less memory, more time. true: all layers; a number: so many of "
+        "them, the first ones; selective: all, but keep their products of matrices and attention.",
+    )
+    activation_offloading: bool = Field(
+        False, description="Keep what the backward pass needs in the CPU's memory meanwhile (CUDA): less memory, more time."
+    )
+    torch_compile: bool = Field(
+        False, description="Compile the model's layers by torch.compile: the first steps wait for it, later ones are faster."
     )
     logging_steps: PositiveInt = Field(10, description="Write a line every so many steps.")
     eval_steps: PositiveInt | None = Field(None, description="Evaluate every so many steps; default: at the end of each epoch.")
@@ -319,6 +327,11 @@ class GenerationSection(Section):
     top_k: NonNegativeInt = Field(0, description="Sample from so many likeliest tokens; 0: all.")
     num_beams: PositiveInt = Field(1, description="Beams of a beam search; 1: none.")
     repetition_penalty: PositiveFloat = Field(1.0, description="Above 1, tokens seen before become less likely.")
+    cache_implementation: Literal["auto", "dynamic", "static"] = Field(
+        "auto",
+        description="Memory for keys and values. dynamic: grows with the answer; static: laid out in advance, and compiled "
+        "on a CUDA GPU. auto: static on a CUDA GPU for 50,000 new tokens or more, where model and method can; else dynamic.",
+    )
 
 
 class OutputSection(Section):
