@@ -11,7 +11,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,12 +31,13 @@ from peftkit.engine.hardware import peak_memory_bytes
 from peftkit.engine.hooks import ExtraState, hook
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
+from peftkit.engine.prefetch import Prefetcher, moved, pinned
 from peftkit.engine.signals import StopSignal
 from peftkit.engine.step import Step
 from peftkit.errors import NonFiniteError, Stopped
 from peftkit.plan import Plan, num_steps, steps_per_epoch
 from peftkit.run import Run
-from peftkit.tasks.example import Example, Runtime
+from peftkit.tasks.example import Batch, Example, Runtime
 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
 
@@ -61,6 +62,15 @@ class Reporter(Protocol):
 
     def stop(self) -> None:
         """Training is over."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A step, ready to compute: its rows, and this process's micro-batches, as examples and as tensors on the CPU."""
+
+    rows: list[Example]
+    chunks: list[list[Example]]
+    batches: list[Batch]
 
 
 @dataclass
@@ -133,10 +143,10 @@ class Trainer:
             self._evaluate_and_compare()
         self.reporter.start(self.total_steps, self.progress.step)
         try:
-            with self.stop_signal.heard(), self._neftune():
+            with self.stop_signal.heard(), self._neftune(), self._prepared() as prepared:
                 self.wrapped.train()
                 while self.progress.step < self.total_steps and not self.progress.stopped_early:
-                    self._one_step()
+                    self._one_step(prepared)
         finally:
             self.reporter.stop()
         if self.plan.keeps_best and self.progress.best_step != self.progress.step:
@@ -152,13 +162,28 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.truncate_metrics(self.progress.step)
 
-    def _one_step(self) -> None:
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[Callable[[int], _Prepared]]:
+        """What gives each step's rows; where a GPU computes, a thread lays them out meanwhile."""
+        if self.accelerator.device.type != "cuda":
+            yield self._prepare
+            return
+        with Prefetcher(self._prepare, self.progress.step, self.total_steps) as prefetcher:
+            yield prefetcher.get
+
+    def _prepare(self, step: int) -> _Prepared:
+        training = self.plan.recipe.training
+        rows = self.data.train.step(step, training.batch_size, training.seed)
+        chunks = self._chunks(rows)
+        return _Prepared(rows, chunks, [pinned(self.runtime.collate(chunk)) for chunk in chunks])
+
+    def _one_step(self, prepared: Callable[[int], _Prepared]) -> None:
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        training = self.plan.recipe.training
-        rows = self.data.train.step(self.progress.step, training.batch_size, training.seed)
+        ready = prepared(self.progress.step)
+        rows = ready.rows
         num_targets = sum(row.num_targets for row in rows)
-        loss = self._forward_backward(rows, num_targets)
+        loss = self._forward_backward(ready, num_targets)
         grad_norm = self._update(rows)
         progress = self.progress
         progress.step += 1
@@ -170,20 +195,19 @@ class Trainer:
         self._log(learning_rate, grad_norm)
         self._after_step()
 
-    def _forward_backward(self, rows: list[Example], num_targets: float) -> float:
+    def _forward_backward(self, ready: _Prepared, num_targets: float) -> float:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
-        accelerator = self.accelerator
-        chunks = self._chunks(rows)
-        if self.runtime.couples_rows and (len(chunks) > 1 or accelerator.num_processes > 1):
-            losses = [coupled_backward(self, [self._batch(chunk) for chunk in chunks], num_targets)]
+        accelerator, batches = self.accelerator, ready.batches
+        if self.runtime.couples_rows and (len(batches) > 1 or accelerator.num_processes > 1):
+            losses = [coupled_backward(self, [self._on_device(batch) for batch in batches], num_targets)]
         else:
-            losses = self._separate_losses(chunks, num_targets)
-        total = accelerator.reduce(torch.stack(losses).sum(), reduction="sum")
-        if not torch.isfinite(total):
-            each = zip(chunks, losses, strict=True) if len(losses) == len(chunks) else []
+            losses = self._separate_losses(batches, num_targets)
+        total: float = accelerator.reduce(torch.stack(losses).sum(), reduction="sum").item()
+        if not math.isfinite(total):
+            each = zip(ready.chunks, losses, strict=True) if len(losses) == len(batches) else []
             bad = [chunk for chunk, loss in each if not torch.isfinite(loss)]
-            self._fail("the loss", total.item(), [row for chunk in bad for row in chunk] or rows)
-        return total.item()
+            self._fail("the loss", total, [row for chunk in bad for row in chunk] or ready.rows)
+        return total
 
     def _chunks(self, rows: list[Example]) -> list[list[Example]]:
         """This process's micro-batches; where rows are packed, each of their examples is a pack."""
@@ -194,13 +218,13 @@ class Trainer:
         chosen = [[[rows[place] for place in places] for places in sequences] or [idle] for sequences in passes]
         return [[join(pack) if self.layout.joins else pack[0] for pack in chunk] for chunk in chosen]
 
-    def _separate_losses(self, chunks: list[list[Example]], num_targets: float) -> list[torch.Tensor]:
+    def _separate_losses(self, batches: list[Batch], num_targets: float) -> list[torch.Tensor]:
         """Each micro-batch's share of the loss, with its gradient; a method's own terms are trained on but not reported."""
         accelerator, losses = self.accelerator, []
-        for number, chunk in enumerate(chunks):
-            last = number == len(chunks) - 1
+        for number, collated in enumerate(batches):
+            last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                batch = self._batch(chunk)
+                batch = self._on_device(collated)
                 loss = self.wrapped(batch) / num_targets
                 trained_on = loss + self._method_terms(batch, num_targets, last=last)
                 # DDP averages gradients over processes, but a sum of shares is wanted.
@@ -212,7 +236,7 @@ class Trainer:
         """The task's loss, with the recipe's label smoothing, summed over the targets."""
         return self.runtime.loss_sum(outputs, labels, self.plan.recipe.training.label_smoothing_factor)
 
-    def _method_terms(self, batch: dict[str, torch.Tensor], num_targets: float, *, last: bool) -> torch.Tensor | float:
+    def _method_terms(self, batch: Batch, num_targets: float, *, last: bool) -> torch.Tensor | float:
         """Terms that the adapter method adds to the loss (AdaLoRA's orthogonality, Shadow's own loss)."""
         terms: torch.Tensor | float = 0.0
         if batch_penalty := hook(self.plan.method, "batch_penalty"):
@@ -221,10 +245,9 @@ class Trainer:
             terms = terms + penalty(self.model) / self.accelerator.num_processes
         return terms
 
-    def _batch(self, chunk: list[Example]) -> dict[str, torch.Tensor]:
+    def _on_device(self, batch: Batch) -> Batch:
         """A micro-batch on the device, packed rows in the form that the model takes."""
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in self.runtime.collate(chunk).items()}
-        batch = without_mask(batch) if self.paths.drops_mask else batch
+        batch = moved(without_mask(batch) if self.paths.drops_mask else batch, self.accelerator.device)
         return batch if self.packing_way is None else for_model(batch, self.model, self.packing_way)
 
     def _update(self, rows: list[Example]) -> float:

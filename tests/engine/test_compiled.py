@@ -104,7 +104,7 @@ def test_a_machine_without_a_compiler_is_told_in_the_plan(
     def none() -> str:
         raise InvalidCxxCompiler
 
-    monkeypatch.setattr(compiled, "get_cpp_compiler", none)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
     result = run_cli("plan", tiny_recipe("CAUSAL_LM", models_dir, tmp_path), "--set", ON)
     assert result.code == 2
     assert "training.torch_compile: needs a C++ compiler, this machine has none; install one (such as g++)" in result.err
