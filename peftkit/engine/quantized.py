@@ -83,11 +83,11 @@ def _quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedM
     """The linear layers of a loaded model quantised by torchao or HQQ, in place."""
     names = [name for name in linear_names(model) if not is_skipped(name, quantization)]
     if quantization.method == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-not-found]
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in names, device=quantizing_device())
         return model
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # type: ignore[import-not-found]
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     for name in names:
         layer = model.get_submodule(name)

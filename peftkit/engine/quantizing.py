@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from peftkit.engine.model import Base, base_of, load_config, meta_model, missing_weights, weight_names
 from peftkit.engine.modules import head_modules
 from peftkit.engine.quantized import is_skipped, linear_names
-from peftkit.engine.targets import matches
+from peftkit.engine.targets import fused_experts, matches
 from peftkit.errors import LoadError, Problem, RecipeError
 from peftkit.plan import Choice, Plan, quantized
 from peftkit.recipe.quantization import Quantization, check_quantization, quantization_of
@@ -92,4 +92,5 @@ def quantization_notes(plan: Plan, model: PreTrainedModel) -> list[str]:
     share = 100 * count / sum(parameter.numel() for parameter in model.parameters())
     kept = ", ".join(quantization.skip_modules)
     rest = f"; {kept} and all that is no linear layer stay {plan.dtype}" if kept else f"; all else stays {plan.dtype}"
-    return [f"{len(names)} linear layers are quantised ({quantization}): {share:.0f}% of the parameters{rest}"]
+    experts = "; experts are no linear layers and stay too" if fused_experts(model) else ""
+    return [f"{len(names)} linear layers are quantised ({quantization}): {share:.0f}% of the parameters{rest}{experts}"]
