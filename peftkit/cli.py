@@ -182,7 +182,7 @@ def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
         str | None,
         typer.Option("--task-id", help="Task of the prompt, and of rows that name none, for adapters of several tasks."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sample at this temperature; 0: the likeliest token.")

@@ -12,10 +12,19 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.data import encode_rows
-from peftkit.engine.generate import answer_rows, file_row, generate, prompt_row
+from peftkit.engine.generate import (
+    answer_batches,
+    answer_rows,
+    encode_prompts,
+    file_row,
+    generate,
+    generation_config,
+    prompt_row,
+)
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.sources import read_rows, sound_rows
-from peftkit.errors import RecipeError
+from peftkit.engine.unfinished import UnfinishedAnswers, fingerprint
+from peftkit.errors import RecipeError, Stopped
 from peftkit.recipe.schema import SourceSection
 from peftkit.run import write_text
 
@@ -82,10 +91,22 @@ def answer_file(
     raw = sound_rows(read_rows(SourceSection(path=str(question.source.absolute())), Path()))
     loaded = _load(adapter, base, question)
     rows = [(origin, file_row(loaded, row, origin, question.task_id)) for origin, row in raw]
-    with console.progress(len(rows), "answering") as advance:
-        answers = list(answer_rows(loaded, rows, settings, batch_size, advance))
-    lines = [json.dumps(row | answer, ensure_ascii=False) for (_, row), answer in zip(raw, answers, strict=True)]
-    write_text(question.output, "".join(f"{line}\n" for line in lines))
+    examples = encode_prompts(loaded, rows)
+    job = fingerprint(loaded.folder, [row for _, row in raw], [question.task_id, base, dict(settings)])
+    with UnfinishedAnswers(question.output, job) as found, console.progress(len(rows), "answering") as advance:
+        if found.answers:
+            console.print_note(f"{len(found.answers)} of {len(rows)} rows are answered already: {found.path}")
+            advance(len(found.answers))
+        try:
+            for batch in answer_batches(loaded, examples, settings, batch_size=batch_size, done=found.answers.keys()):
+                found.add(batch)
+                advance(len(batch))
+        except KeyboardInterrupt as error:
+            what = f"interrupted after {len(found.answers)} of {len(rows)} rows; the same command goes on with the others"
+            raise Stopped(what, 130) from error
+        lines = [json.dumps(row | found.answers[number], ensure_ascii=False) for number, (_, row) in enumerate(raw)]
+        write_text(question.output, "".join(f"{line}\n" for line in lines))
+        found.remove()
     return len(lines), question.output
 
 
@@ -114,7 +135,7 @@ def _reply(loaded: LoadedAdapter, row: Mapping[str, Any], settings: Mapping[str,
             print_answer(answer)
         return str(name)
     examples = encode_rows(loaded.prompts, [("input", dict(row))], "the chat", target=False)
-    answers = generate(loaded, list(islice(examples, 1)), settings, console.print_part)
+    answers = generate(loaded, list(islice(examples, 1)), generation_config(loaded, settings), console.print_part)
     console.print_text("")
     return answers[0]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig, TextStreamer
+from transformers.generation.configuration_utils import GenerationMode
 
 from peftkit.engine.data import encode_rows
+from peftkit.engine.decode import Decoder
 from peftkit.engine.evaluate import score_examples
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.rows import with_system_prompt
@@ -18,6 +20,10 @@ from peftkit.formats.base import CanonicalRow, RowError
 from peftkit.tasks.example import Example
 
 Answer = dict[str, Any]
+
+STATIC_FROM_TOKENS = 50_000  # tokens to generate from which a GPU's compiler is waited for (about a minute)
+_OWN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_GPU_INTERVAL = 4  # tokens between two looks at which rows have ended
 
 
 def prompt_row(
@@ -82,65 +88,102 @@ def file_row(loaded: LoadedAdapter, row: Mapping[str, Any], origin: str, task_id
 
 
 def answer_rows(
-    loaded: LoadedAdapter,
-    rows: Sequence[tuple[str, CanonicalRow]],
-    settings: Mapping[str, Any],
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda done: None,
+    loaded: LoadedAdapter, rows: Sequence[tuple[str, CanonicalRow]], settings: Mapping[str, Any], batch_size: int
 ) -> Iterator[Answer]:
-    """One answer per row, in order, computed in batches of like length.
+    """One answer per row, in order.
 
     Args:
         loaded: the adapter.
         rows: origin and canonical row.
         settings: generation settings; those of the recipe where empty.
         batch_size: rows per forward pass.
-        on_batch: told how many rows are done.
     """
-    if loaded.method is not None and loaded.method.rows_interact:
-        batch_size = 1
+    examples = encode_prompts(loaded, rows)
+    answers: dict[int, Answer] = {}
+    for batch in answer_batches(loaded, examples, settings, batch_size=batch_size):
+        answers |= batch
+    yield from (answers[index] for index in range(len(examples)))
+
+
+def encode_prompts(loaded: LoadedAdapter, rows: Sequence[tuple[str, CanonicalRow]]) -> list[Example]:
+    """Rows to answer as token ids.
+
+    Raises:
+        DataError: a row is longer than the model can take.
+    """
     examples = encode_rows(loaded.prompts, rows, "the input", target=False)
     if len(examples) != len(rows):
         raise DataError(f"{len(rows) - len(examples)} rows are longer than {loaded.runtime.settings.max_length} tokens")
-    if not loaded.task.generates:
-        with loaded.inference():
-            scores = score_examples(
-                Step(loaded.model, loaded.runtime),
-                examples,
-                batch_size=batch_size,
-                device=loaded.device,
-                on_batch=on_batch,
-            )
-        yield from (loaded.runtime.answer(score) for score in scores)
-        return
-    order = sorted(range(len(examples)), key=lambda index: examples[index].length)
-    texts: dict[int, str] = {}
+    return examples
+
+
+def answer_batches(
+    loaded: LoadedAdapter,
+    examples: Sequence[Example],
+    settings: Mapping[str, Any],
+    *,
+    batch_size: int,
+    done: Container[int] = (),
+) -> Iterator[dict[int, Answer]]:
+    """Answers by the numbers of their rows, a batch at a time; rows of like length share a batch.
+
+    Args:
+        loaded: the adapter.
+        examples: rows to answer.
+        settings: generation settings; those of the recipe where empty.
+        batch_size: rows per forward pass.
+        done: rows that need no answer.
+    """
+    if loaded.method is not None and loaded.method.rows_interact:
+        batch_size = 1
+    # The longest first: memory that does not suffice shows at once.
+    left = [number for number in range(len(examples)) if number not in done]
+    order = sorted(left, key=lambda number: -examples[number].length)
+    config = generation_config(loaded, settings, len(order)) if loaded.task.generates else None
     for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        for index, text in zip(indices, generate(loaded, [examples[i] for i in indices], settings), strict=True):
-            texts[index] = text
-        on_batch(len(indices))
-    yield from ({"prediction": texts[index]} for index in range(len(examples)))
+        numbers = order[start : start + batch_size]
+        chosen = [examples[number] for number in numbers]
+        if config is not None:
+            answers = [{"prediction": text} for text in generate(loaded, chosen, config)]
+        else:
+            answers = list(map(loaded.runtime.answer, _scores(loaded, chosen)))
+        yield dict(zip(numbers, answers, strict=True))
+
+
+def _scores(loaded: LoadedAdapter, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    with loaded.inference():
+        step = Step(loaded.model, loaded.runtime)
+        return score_examples(step, examples, batch_size=len(examples), device=loaded.device)
 
 
 def generate(
     loaded: LoadedAdapter,
     examples: Sequence[Example],
-    settings: Mapping[str, Any],
+    config: GenerationConfig,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Generated texts of a batch; with `on_text` (one example) pieces are handed out as they come."""
     tokenizer, model = loaded.runtime.tokenizer, loaded.model
     batch = {name: tensor.to(loaded.device) for name, tensor in loaded.runtime.generation_batch(examples).items()}
     streamer = _Streamer(tokenizer, on_text) if on_text else None
+    # transformers' own loop hands out pieces, and suits a static cache, whose compiled kernels want batches of one size.
+    own_loop = config.get_generation_mode() in _OWN_MODES and config.cache_implementation is None and streamer is None
+    decoder = {"custom_generate": _decoder(loaded, batch)} if own_loop else {}
     with loaded.inference():
-        output = model.generate(**batch, generation_config=generation_config(loaded, settings), streamer=streamer)  # type: ignore[operator]
+        output = model.generate(**batch, generation_config=config, streamer=streamer, **decoder)  # type: ignore[operator]
     answers = loaded.runtime.new_tokens(output, batch)
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def generation_config(loaded: LoadedAdapter, settings: Mapping[str, Any]) -> GenerationConfig:
-    """The config stored with the adapter, its recipe's settings, and those of this call."""
+def _decoder(loaded: LoadedAdapter, batch: Mapping[str, Any]) -> Decoder:
+    """The loop for a batch; rows stay to the end where the adapter holds something for each of them by its place."""
+    adapter = getattr(loaded.model, "active_peft_config", None)
+    by_place = "task_ids" in batch or getattr(adapter, "alora_invocation_tokens", None) is not None
+    return Decoder(drops=not by_place, interval=1 if loaded.device.type == "cpu" else _GPU_INTERVAL)
+
+
+def generation_config(loaded: LoadedAdapter, settings: Mapping[str, Any], num_rows: int = 1) -> GenerationConfig:
+    """The config stored with the adapter, its recipe's settings, and those of this call, which is about so many rows."""
     tokenizer = loaded.runtime.tokenizer
     if (loaded.folder / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(str(loaded.folder))
@@ -149,12 +192,24 @@ def generation_config(loaded: LoadedAdapter, settings: Mapping[str, Any]) -> Gen
     merged = {"max_new_tokens": 256, "do_sample": False} | dict(loaded.facts.generation) | dict(settings)
     if not merged["do_sample"]:
         merged |= {"temperature": None, "top_p": None, "top_k": None}
+    cache = merged.pop("cache_implementation", "auto")
     config.update(**merged)
+    config.cache_implementation = "static" if _wants_static(loaded, config, cache, num_rows) else None
     config.max_length = None
     config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     return config
+
+
+def _wants_static(loaded: LoadedAdapter, config: GenerationConfig, cache: str, num_rows: int) -> bool:
+    """Whether keys and values get their place in advance, so that transformers compiles the model where there is a GPU."""
+    if cache != "auto":
+        return cache == "static"
+    model: Any = loaded.model
+    is_able = loaded.method is not None and not loaded.method.why_not_static and bool(model._can_compile_fullgraph)
+    is_long: bool = num_rows * config.max_new_tokens >= STATIC_FROM_TOKENS
+    return loaded.device.type == "cuda" and is_able and is_long and config.num_beams == 1
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped here

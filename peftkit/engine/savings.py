@@ -6,10 +6,12 @@ import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ Checkpointing = bool | Literal["selective"] | int
 MIN_OFFLOADED_BYTES = 2**20  # smaller tensors cost more by the start of a copy than they free
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten.baddbmm.default: 1}
+_DEAR = ("attention", "flash_attn", "grouped_mm", "int8_scaled_mm")  # parts of names, of other libraries too
 # A product this much wider than what it sums over costs little to make again for the memory that it takes: lora_B's.
 _CHEAP_RATIO = 8
 
@@ -84,7 +87,7 @@ def is_dear(op: Any, args: tuple[Any, ...]) -> bool:
         left, right = args[_PRODUCTS[op] :][:2]
         return bool(right.shape[-1] <= _CHEAP_RATIO * left.shape[-1])
     name = str(op)
-    return "grouped_mm" in name or ("attention" in name and "backward" not in name)
+    return any(part in name for part in _DEAR) and "backward" not in name
 
 
 def keep_dear() -> tuple[_Keep, _Reuse]:
@@ -122,11 +125,11 @@ class _Keep(_Mode):
         return result
 
     def _forget(self, changed: torch.Tensor) -> None:
-        place = changed.untyped_storage().data_ptr()
+        place = _storage(changed)
         for results in self.kept.values():
             for number, result in enumerate(results):
                 tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-                if any(tensor.untyped_storage().data_ptr() == place for tensor in tensors):
+                if any(_storage(tensor) == place for tensor in tensors):
                     results[number] = None
 
 
@@ -147,6 +150,11 @@ class _Reuse(_Mode):
         return op(*args, **(kwargs or {}))
 
 
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    """The memory of a tensor and of its views, as something to compare; it is no other's for as long as this is held."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
 def _changed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Tensors among the arguments that an operation writes to."""
     schema = getattr(op, "_schema", None)
@@ -161,7 +169,7 @@ class Offload:
     """Moves what a forward pass saves for the backward pass to pinned memory of the CPU, and back when it is needed.
 
     Copies out run on a stream of their own, beside the computation. Parameters, which are on the GPU anyway, and small
-    tensors stay.
+    tensors stay; what several operations save is copied once.
 
     Args:
         parameters: what stays.
@@ -170,43 +178,43 @@ class Offload:
 
     def __init__(self, parameters: Iterator[nn.Parameter], min_bytes: int = MIN_OFFLOADED_BYTES) -> None:
         self._parameters, self._min_bytes = list(parameters), min_bytes
-        self._resident: set[int] = set()
+        self._resident: set[StorageWeakRef] = set()
+        self._moved: WeakValueDictionary[Any, Callable[[], torch.Tensor]] = WeakValueDictionary()
         self._stream: torch.cuda.Stream | None = None
 
     def context(self) -> saved_tensors_hooks:
         """What a forward pass runs in."""
         # Read at every pass: where parameters lie changes when the model moves to its device.
-        self._resident = {parameter.untyped_storage().data_ptr() for parameter in self._parameters}
-        return saved_tensors_hooks(self._pack, self._unpack)
-
-    def moves(self, tensor: torch.Tensor) -> bool:
-        """Whether a saved tensor leaves the GPU; views share the storage of what they are of."""
-        if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in self._resident:
-            return False
-        return tensor.numel() * tensor.element_size() >= self._min_bytes
+        self._resident = {_storage(parameter) for parameter in self._parameters}
+        self._moved.clear()
+        return saved_tensors_hooks(self._pack, lambda packed: packed() if callable(packed) else packed)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        return self.move_out(tensor) if self.moves(tensor) else tensor
-
-    def _unpack(self, packed: Any) -> torch.Tensor:
-        return packed() if callable(packed) else packed
+        is_small = tensor.numel() * tensor.element_size() < self._min_bytes
+        if is_small or tensor.layout != torch.strided or (storage := _storage(tensor)) in self._resident:
+            return tensor
+        key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        move_back = self._moved.get(key)
+        if move_back is None:
+            move_back = self._moved[key] = self.move_out(tensor)
+        return move_back
 
     def move_out(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start the copy to the CPU; returns what brings it back."""
+        device = tensor.device
         if self._stream is None:
-            self._stream = torch.cuda.Stream(tensor.device)
+            self._stream = torch.cuda.Stream(device)
         held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             held.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)  # its memory is not used again before the copy is done
         done = self._stream.record_event()
 
         def move_back() -> torch.Tensor:
-            torch.cuda.current_stream(tensor_device).wait_event(done)
-            return held.to(tensor_device, non_blocking=True)
+            torch.cuda.current_stream(device).wait_event(done)
+            return held.to(device, non_blocking=True)
 
-        tensor_device = tensor.device
         return move_back
 
 

@@ -103,6 +103,7 @@ ADAMSS = Method(
     targets="query_value",
     linear_only=True,
     needs_whole_weights=True,
+    not_compilable="each of its layers is another, and would be compiled for itself",
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 34.5% at 1e-4, with rank 32",
     check=_check,

@@ -77,7 +77,8 @@ class Method:
         not_recomputable: why its layers cannot be recomputed in the backward pass; empty where they can; `why_not_recomputed`
             adds what follows from other facts.
         not_cached: why it generates without a cache of keys and values; empty where it has one.
-        not_compilable: why torch.compile gains nothing for it; empty where it does.
+        not_compilable: why torch.compile gains nothing for it; empty where it does; `why_not_compiled` adds what follows from
+            other facts.
         may_be_empty: whether a tensor without elements is a sound result (a rank that was pruned to nothing).
         needs_cuda: the field of this section that works on a CUDA GPU only; empty where none does.
         reads_adapters: field -> PEFT type of the trained adapters that it names, by folder or run directory.
@@ -179,6 +180,13 @@ class Method:
         if self.virtual_tokens_in == "keys_and_values":
             return "recomputed layers would write their keys and values twice"
         return self.not_recomputable
+
+    @property
+    def why_not_compiled(self) -> str:
+        """Why torch.compile cannot be used with it; empty where it can."""
+        if self.virtual_tokens_in == "keys_and_values":
+            return "each layer looks for its own keys and values, and would be compiled for itself"
+        return self.not_compilable
 
     @property
     def why_not_static(self) -> str:

@@ -63,6 +63,7 @@ XLORA = Method(
     quantizations=(),
     why_not_quantized="PEFT's gate finds none of the experts' layers on quantised ones",
     not_recomputable="what its gate has weighed is gone when layers are recomputed",
+    not_compilable="the weights of its experts come into the layers anew with every pass",
     not_cached="its gate reads the whole sequence at every token",
     not_mergeable="its gate mixes the experts by the input",
     several_adapters=False,

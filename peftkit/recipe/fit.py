@@ -73,8 +73,8 @@ def check_fit(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield "adapter.method", f"`{method.name}` needs {package}; `pip install {package}` adds it", 2
     if recipe.training.gradient_checkpointing and (why := method.why_not_recomputed):
         yield "training.gradient_checkpointing", f"cannot be used with `{method.name}`: {why}", 2
-    if recipe.training.torch_compile and method.not_compilable:
-        yield "training.torch_compile", f"cannot be used with `{method.name}`: {method.not_compilable}", 2
+    if recipe.training.torch_compile and (why := method.why_not_compiled):
+        yield "training.torch_compile", f"cannot be used with `{method.name}`: {why}", 2
 
 
 def _task_needs(task: str, kind: ModelKind) -> str:

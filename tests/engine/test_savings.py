@@ -195,6 +195,17 @@ def test_activations_are_offloaded_and_parameters_are_not() -> None:
     assert min(tensor.numel() * tensor.element_size() for tensor in offload.moved) >= 4096
 
 
+def test_what_several_operations_save_is_moved_once() -> None:
+    model = model_of("llama", num_hidden_layers=1)
+    offload = FakeOffload(model, min_bytes=0)
+    offload_activations(model, offload)
+    inputs: list[torch.Tensor] = []
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    loss_of(model)  # q_proj, k_proj and v_proj read the same
+    assert sum(tensor.data_ptr() == inputs[0].data_ptr() for tensor in offload.moved) == 1
+
+
 def test_recomputed_layers_leave_their_inputs_alone_to_be_offloaded() -> None:
     sizes = []
     for setting in (False, True):

@@ -111,6 +111,8 @@ def test_nothing_is_decided_where_the_recipe_decides(plan_for: PlanFor) -> None:
         (OLD_GPU, "model.dtype=bfloat16", "model.dtype", "T4 has no bfloat16"),
         (CPU, "training.optim=paged_adamw_8bit", "training.optim", "pages between GPU and CPU memory"),
         (MPS, "training.optim=paged_adamw_32bit", "training.optim", "pages between GPU and CPU memory"),
+        (CPU, "training.activation_offloading=true", "training.activation_offloading", "this machine has no such GPU"),
+        (MPS, "training.torch_compile=true", "training.torch_compile", "not for an Apple GPU; use false"),
         (CPU, "model.attn_implementation=flash_attention_2", "model.attn_implementation", "needs a CUDA GPU; use sdpa"),
         (FOUR, "training.batch_size=3", "training.batch_size", "3 sequences cannot feed 4 processes"),
     ],

@@ -77,6 +77,23 @@ def test_lora_settings_that_do_not_go_together_are_refused(
             ["training.gradient_checkpointing=true", "adapter={method: prefix_tuning, num_virtual_tokens: 4}"],
             "training.gradient_checkpointing", "cannot be used with `prefix_tuning`: recomputed layers would write",
         ),
+        (
+            ["training.gradient_checkpointing=2", "adapter={method: cartridge, num_virtual_tokens: 4}"],
+            "training.gradient_checkpointing", "cannot be used with `cartridge`: recomputed layers would write",
+        ),
+        (
+            ["training.gradient_checkpointing=selective", "training.torch_compile=true"],
+            "training.gradient_checkpointing", "`selective` has no effect with `torch_compile`: compiled layers choose",
+        ),
+        (
+            ["training.torch_compile=true", "adapter={method: prefix_tuning, num_virtual_tokens: 4}"],
+            "training.torch_compile", "cannot be used with `prefix_tuning`: each layer looks for its own keys",
+        ),
+        (["training.torch_compile=true", "adapter.method=lokr"], "training.torch_compile", "breaks off in its layers"),
+        (
+            ["generation.cache_implementation=static", "adapter={method: p_tuning, num_virtual_tokens: 4}"],
+            "generation.cache_implementation", "`static` cannot be used with `p_tuning`: its virtual tokens take places",
+        ),
         (["training.loraplus_lr_ratio=16", "training.optim=sgd"], "training.loraplus_lr_ratio", "is defined for Adam"),
         (["training.lr_scheduler_type=constant", "training.warmup_steps=3"], "training.warmup_steps", "`constant_with_warmup`"),
         (["training.warmup_steps=1.5"], "training.warmup_steps", "1.5 is neither a whole number nor a fraction below 1"),
