@@ -2,8 +2,9 @@
 
     python benchmarks/infer.py --adapter RUN --input FILE --max-new-tokens 200
 
-FILE holds JSON lines with `prompt`. The plain loops answer in the order of the file, one row at a time (the first rows alone: it is
-slow) and in batches. Every tool is run on one row too, whose CPU seconds are taken off: what loading costs. Answers are compared.
+FILE holds JSON lines with `prompt`. The plain loops answer in the order of the file, one row at a time (the first rows alone:
+it is slow) and in batches. Every tool is run on one row too, whose CPU seconds are taken off: what loading costs. Answers are
+compared.
 """
 
 from __future__ import annotations

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peftkit.engine.prefetch import Prefetcher
+from peftkit.engine.trainer import Trainer
+from tests.runs import curve, tiny_recipe, train
 
 
 def test_results_come_in_the_order_of_the_steps() -> None:
@@ -46,3 +52,19 @@ def test_the_thread_ends_with_the_block_whatever_ends_it() -> None:
     with pytest.raises(KeyboardInterrupt), prefetcher:
         raise KeyboardInterrupt
     assert not [thread for thread in threading.enumerate() if thread.name == "peftkit-prefetch"]
+
+
+def test_a_run_whose_steps_a_thread_prepares_is_the_same(
+    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path)
+    train(recipe, tmp_path / "plain")
+
+    @contextlib.contextmanager
+    def by_thread(self: Trainer) -> Iterator[Any]:
+        with Prefetcher(self._prepare, self.progress.step, self.total_steps) as prefetcher:
+            yield prefetcher.get
+
+    monkeypatch.setattr(Trainer, "_prepared", by_thread)
+    train(recipe, tmp_path / "ahead")
+    assert curve(tmp_path / "ahead", "loss", "grad_norm") == curve(tmp_path / "plain", "loss", "grad_norm")
