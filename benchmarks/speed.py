@@ -1,0 +1,205 @@
+"""peftkit, a plain script, a bare loop and the peers on one job, one after the other, several times; a table of their figures.
+
+    python benchmarks/speed/make_envs.py ENVS
+    python benchmarks/speed.py --work FOLDER --envs ENVS --results speed.jsonl --rounds 3
+    python benchmarks/speed.py --work FOLDER --results growth.jsonl --grow length
+    python benchmarks/speed.py --work FOLDER --envs ENVS --results starts.jsonl --starts
+    python benchmarks/speed.py --results speed.jsonl --table
+
+Every run is a line of the results; runs that are there already are not repeated. peftkit, the plain script and the bare loop run with `--peftkit-python`
+(default: this one), with the peftkit that it imports. `--device cuda --dtype bfloat16` is the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from speed_tables import load_results, print_tables
+
+RUNNERS = Path(__file__).with_suffix("")
+OURS = ("peftkit", "plain", "bare")
+PEERS = ("trl", "llamafactory", "axolotl", "ms_swift", "torchtune", "litgpt")
+GPU_PEERS = ("unsloth",)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of the common job grows."""
+
+    vocab_size: int = 32_000
+    max_length: int = 512
+    batch_size: int = 8
+    rank: int = 8
+
+    @property
+    def folder_name(self) -> str:
+        """Where its model and rows are; batch size and rank need no others."""
+        return f"vocab{self.vocab_size}-length{self.max_length}"
+
+    @property
+    def name(self) -> str:
+        """How results call it."""
+        return f"{self.folder_name}-batch{self.batch_size}-rank{self.rank}"
+
+
+# Long rows of a big batch would not fit beside each other in 16 GiB: the logits of the plain script alone are 4 bytes x cells x vocabulary.
+GROWTH = {
+    "length": [Size(max_length=length, batch_size=2) for length in (256, 512, 1024, 2048, 4096)],
+    "vocabulary": [Size(vocab_size=size) for size in (32_000, 128_000)],
+    "batch": [Size(batch_size=size) for size in (2, 8, 16)],
+    "rank": [Size(rank=rank) for rank in (8, 64)],
+}
+
+
+def make_job(options: argparse.Namespace, size: Size) -> Path:
+    """The folder of model and rows, made when it is missing."""
+    folder: Path = options.work / "jobs" / size.folder_name
+    if not (folder / "rows.jsonl").exists():
+        command = [options.peftkit_python, str(RUNNERS / "make_job.py"), str(folder), "--vocab-size", str(size.vocab_size)]
+        subprocess.run([*command, "--max-length", str(size.max_length)], check=True, env=environment(options, folder))
+    return folder
+
+
+def environment(options: argparse.Namespace, cache_dir: Path) -> dict[str, str]:
+    """One thread, no network, caches of its own."""
+    threads = {} if options.device == "cuda" else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | threads | {
+        "HF_HOME": str(cache_dir / "hf"),
+        "MODELSCOPE_CACHE": str(cache_dir / "modelscope"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_DISABLED": "true",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def python_of(options: argparse.Namespace, tool: str) -> Path:
+    """The interpreter of a tool's environment."""
+    return Path(options.peftkit_python) if tool in OURS else options.envs / tool / "bin" / "python"
+
+
+def run(options: argparse.Namespace, tool: str, size: Size, cache_dir: Path) -> dict[str, Any]:
+    """One run: the figures, or why there are none."""
+    job_dir = make_job(options, size)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        job_path, result_path, log_path = (Path(scratch) / name for name in ("job.json", "result.json", "log.txt"))
+        (Path(scratch) / "out").mkdir()
+        job = {
+            "model_dir": str(job_dir / "model"),
+            "rows_path": str(job_dir / "rows.jsonl"),
+            "tokens_path": str(job_dir / "tokens.jsonl"),
+            "scratch_dir": str(Path(scratch) / "out"),
+            "cache_dir": str(cache_dir),
+            "result_path": str(result_path),
+            "steps": options.steps,
+            "batch_size": size.batch_size,
+            "max_length": size.max_length,
+            "rank": size.rank,
+            "alpha": 2 * size.rank,
+            "targets": TARGETS,
+            "learning_rate": options.learning_rate,
+            "device": options.device,
+            "dtype": options.dtype,
+            "seed": 0,
+            "settings": [text.partition(":")[2] for text in options.set if text.startswith(f"{tool}:")],
+        }
+        job_path.write_text(json.dumps(job | {"started": time.time()}), encoding="utf-8")
+        command = [str(python_of(options, tool)), str(RUNNERS / f"run_{tool}.py"), str(job_path)]
+        with log_path.open("wb") as log:
+            done = subprocess.run(
+                command, stdout=log, stderr=log, env=environment(options, cache_dir), cwd=scratch, check=False
+            )
+        if not result_path.exists():
+            return {"error": f"exit {done.returncode}", "log": log_path.read_text(errors="replace")[-3000:]}
+        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
+    return result | {"tokens": count_tokens(job_dir, size.batch_size, options.steps)}
+
+
+def count_tokens(job_dir: Path, batch_size: int, steps: int) -> dict[str, list[int]]:
+    """Tokens, targets and padded cells of each step."""
+    rows = [json.loads(line) for line in (job_dir / "tokens.jsonl").read_text(encoding="utf-8").splitlines()]
+    batches = [rows[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
+    lengths = [[len(row["input_ids"]) for row in batch] for batch in batches]
+    targets = [sum(label != -100 for row in batch for label in row["labels"]) for batch in batches]
+    return {"real": [sum(row) for row in lengths], "cells": [max(row) * len(row) for row in lengths], "targets": targets}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All runs that are missing, tools alternating."""
+    tools = options.only or [*OURS, *PEERS, *(GPU_PEERS if options.device == "cuda" else ())]
+    tools = [tool for tool in (options.only or OURS if options.grow else tools) if python_of(options, tool).exists()]
+    sizes = GROWTH[options.grow] if options.grow else [replace(Size(), **dict(options.size))]
+    results = load_results(options.results)
+    done = {(row["job"], row["tool"], row["round"], row["start"]) for row in results if "error" not in row}
+    starts = ("cold", "again") if options.starts else ("",)
+    for number in range(options.rounds):
+        for size in sizes:
+            for tool in tools:
+                cache_dir = options.work / "caches" / (f"start{number}" if options.starts else "") / tool / size.folder_name
+                if options.starts and (size.name, tool, number, "cold") not in done:
+                    shutil.rmtree(cache_dir, ignore_errors=True)
+                for start in starts:
+                    if (size.name, tool, number, start) in done:
+                        continue
+                    about = {"job": size.name, "tool": tool, "round": number, "start": start, "device": options.device}
+                    row = about | {"dtype": options.dtype} | run(options, tool, size, cache_dir)
+                    with options.results.open("a", encoding="utf-8") as handle:
+                        handle.write(json.dumps(row) + "\n")
+                    print(tool, size.name, number, start, row.get("error", "done"), flush=True)
+
+
+def size_setting(text: str) -> tuple[str, int]:
+    """`rank=64` as a name and a number."""
+    name, _, value = text.partition("=")
+    if name not in Size.__dataclass_fields__:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(Size.__dataclass_fields__)}")
+    return name, int(value)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines, one for each run")
+    parser.add_argument("--work", type=Path, default=Path("speed_work"), help="folder for models, rows and caches")
+    parser.add_argument("--envs", type=Path, default=Path("speed_envs"), help="folder that make_envs.py filled")
+    parser.add_argument("--peftkit-python", default=sys.executable, help="interpreter of peftkit, plain and bare")
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS, *GPU_PEERS], help="these tools alone")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run; from the third on they are measured")
+    parser.add_argument("--size", nargs="+", type=size_setting, default=[], help="another job, such as vocab_size=128000")
+    parser.add_argument("--grow", choices=GROWTH, help="several jobs, of growing size")
+    parser.add_argument("--starts", action="store_true", help="measure starts: the first one, and one more with what it left")
+    parser.add_argument("--set", nargs="+", default=[], help="settings of a tool, such as peftkit:data.packing=true")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    options.work, options.envs, options.results = (path.absolute() for path in (options.work, options.envs, options.results))
+    return options
+
+
+def main() -> None:
+    """Run what is missing, print the tables."""
+    options = parse()
+    if not options.table:
+        measure(options)
+    print_tables(load_results(options.results))
+
+
+if __name__ == "__main__":
+    main()
