@@ -6,8 +6,8 @@
     python benchmarks/speed.py --work FOLDER --envs ENVS --results starts.jsonl --starts
     python benchmarks/speed.py --results speed.jsonl --table
 
-Every run is a line of the results; runs that are there already are not repeated. peftkit, the plain script and the bare loop run with `--peftkit-python`
-(default: this one), with the peftkit that it imports. `--device cuda --dtype bfloat16` is the same on a GPU.
+Every run is a line of the results; runs that are there already are not repeated. peftkit, the plain script and the bare loop run
+with `--peftkit-python` (default: this one), with the peftkit that it imports. `--device cuda --dtype bfloat16` is the same on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 from speed_tables import load_results, print_tables
 
-RUNNERS = Path(__file__).with_suffix("")
+RUNNERS = Path(__file__).with_suffix("")  # the folder `speed` beside this file
 OURS = ("peftkit", "plain", "bare")
 PEERS = ("trl", "llamafactory", "axolotl", "ms_swift", "torchtune", "litgpt")
 GPU_PEERS = ("unsloth",)
@@ -41,11 +41,13 @@ class Size:
     max_length: int = 512
     batch_size: int = 8
     rank: int = 8
+    hidden_size: int = 512
+    layers: int = 8
 
     @property
     def folder_name(self) -> str:
         """Where its model and rows are; batch size and rank need no others."""
-        return f"vocab{self.vocab_size}-length{self.max_length}"
+        return f"{self.layers}x{self.hidden_size}-vocab{self.vocab_size}-length{self.max_length}"
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ class Size:
         return f"{self.folder_name}-batch{self.batch_size}-rank{self.rank}"
 
 
-# Long rows of a big batch would not fit beside each other in 16 GiB: the logits of the plain script alone are 4 bytes x cells x vocabulary.
+# Batches of 8 at 4,096 tokens would take 20 GiB: of logits alone, the plain script holds several copies of 4 bytes x cells x vocabulary.
 GROWTH = {
     "length": [Size(max_length=length, batch_size=2) for length in (256, 512, 1024, 2048, 4096)],
     "vocabulary": [Size(vocab_size=size) for size in (32_000, 128_000)],
@@ -62,28 +64,40 @@ GROWTH = {
 }
 
 
+def ffn_size(hidden_size: int) -> int:
+    """Width of the feed-forward layers, in Llama's proportion (1376 for 512)."""
+    return hidden_size * 43 // 16
+
+
 def make_job(options: argparse.Namespace, size: Size) -> Path:
     """The folder of model and rows, made when it is missing."""
     folder: Path = options.work / "jobs" / size.folder_name
     if not (folder / "rows.jsonl").exists():
-        command = [options.peftkit_python, str(RUNNERS / "make_job.py"), str(folder), "--vocab-size", str(size.vocab_size)]
-        subprocess.run([*command, "--max-length", str(size.max_length)], check=True, env=environment(options, folder))
+        names = ("vocab_size", "max_length", "hidden_size", "layers")
+        settings = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(size, name)))]
+        command = [options.peftkit_python, str(RUNNERS / "make_job.py"), str(folder), *settings]
+        subprocess.run(command, check=True, env=environment(options, folder))
     return folder
 
 
-def environment(options: argparse.Namespace, cache_dir: Path) -> dict[str, str]:
+def environment(options: argparse.Namespace, cache_dir: Path, tool: str = "peftkit") -> dict[str, str]:
     """One thread, no network, caches of its own."""
+    inherited = {key: value for key, value in os.environ.items() if tool in OURS or key != "PYTHONPATH"}
     threads = {} if options.device == "cuda" else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | threads | {
-        "HF_HOME": str(cache_dir / "hf"),
-        "MODELSCOPE_CACHE": str(cache_dir / "modelscope"),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "WANDB_DISABLED": "true",
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "DO_NOT_TRACK": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
+    return (
+        inherited
+        | threads
+        | {
+            "HF_HOME": str(cache_dir / "hf"),
+            "MODELSCOPE_CACHE": str(cache_dir / "modelscope"),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "WANDB_DISABLED": "true",
+            "AXOLOTL_DO_NOT_TRACK": "1",
+            "DO_NOT_TRACK": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+    )
 
 
 def python_of(options: argparse.Namespace, tool: str) -> Path:
@@ -95,38 +109,55 @@ def run(options: argparse.Namespace, tool: str, size: Size, cache_dir: Path) -> 
     """One run: the figures, or why there are none."""
     job_dir = make_job(options, size)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        job_path, result_path, log_path = (Path(scratch) / name for name in ("job.json", "result.json", "log.txt"))
-        (Path(scratch) / "out").mkdir()
-        job = {
-            "model_dir": str(job_dir / "model"),
-            "rows_path": str(job_dir / "rows.jsonl"),
-            "tokens_path": str(job_dir / "tokens.jsonl"),
-            "scratch_dir": str(Path(scratch) / "out"),
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        (scratch / "out").mkdir()
+        job = describe(options, tool, size, job_dir) | {
+            "scratch_dir": str(scratch / "out"),
             "cache_dir": str(cache_dir),
-            "result_path": str(result_path),
-            "steps": options.steps,
-            "batch_size": size.batch_size,
-            "max_length": size.max_length,
-            "rank": size.rank,
-            "alpha": 2 * size.rank,
-            "targets": TARGETS,
-            "learning_rate": options.learning_rate,
-            "device": options.device,
-            "dtype": options.dtype,
-            "seed": 0,
-            "settings": [text.partition(":")[2] for text in options.set if text.startswith(f"{tool}:")],
+            "result_path": str(scratch / "result.json"),
+            "started": time.time(),
         }
-        job_path.write_text(json.dumps(job | {"started": time.time()}), encoding="utf-8")
-        command = [str(python_of(options, tool)), str(RUNNERS / f"run_{tool}.py"), str(job_path)]
-        with log_path.open("wb") as log:
-            done = subprocess.run(
-                command, stdout=log, stderr=log, env=environment(options, cache_dir), cwd=scratch, check=False
-            )
-        if not result_path.exists():
-            return {"error": f"exit {done.returncode}", "log": log_path.read_text(errors="replace")[-3000:]}
-        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
-    return result | {"tokens": count_tokens(job_dir, size.batch_size, options.steps)}
+        (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        command = [str(python_of(options, tool)), str(RUNNERS / f"run_{tool}.py"), str(scratch / "job.json")]
+        env = environment(options, cache_dir, tool)
+        with (scratch / "log.txt").open("wb") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, env=env, cwd=scratch, check=False)
+        if not (scratch / "result.json").exists():
+            log_text = (scratch / "log.txt").read_text(errors="replace")
+            return {"error": f"exit {done.returncode}", "log": log_text[-3000:]}
+        result: dict[str, Any] = json.loads((scratch / "result.json").read_text(encoding="utf-8"))
+    tokens = count_tokens(job_dir, size.batch_size, options.steps)
+    return result | {"tokens": tokens, "flops_per_token": flops_per_token(size, tokens)}
+
+
+def describe(options: argparse.Namespace, tool: str, size: Size, job_dir: Path) -> dict[str, Any]:
+    """The common job in words that a runner reads (`Job` in meter.py)."""
+    return {
+        "model_dir": str(job_dir / "model"),
+        "rows_path": str(job_dir / "rows.jsonl"),
+        "tokens_path": str(job_dir / "tokens.jsonl"),
+        "steps": options.steps,
+        "batch_size": size.batch_size,
+        "max_length": size.max_length,
+        "rank": size.rank,
+        "alpha": 2 * size.rank,
+        "targets": TARGETS,
+        "learning_rate": options.learning_rate,
+        "device": options.device,
+        "dtype": options.dtype,
+        "seed": 0,
+        "settings": [text.partition(":")[2] for text in options.set if text.startswith(f"{tool}:")],
+    }
+
+
+def flops_per_token(size: Size, tokens: dict[str, list[int]]) -> float:
+    """Operations a token costs at least: forward, backward to activations, gradients of the adapter alone; causal attention."""
+    hidden, ffn = size.hidden_size, ffn_size(size.hidden_size)
+    frozen = size.layers * (4 * hidden**2 + 3 * hidden * ffn) + hidden * size.vocab_size
+    adapter = size.layers * len(TARGETS) * 2 * hidden * size.rank
+    length = sum(tokens["real"]) / (size.batch_size * len(tokens["real"]))
+    return 4 * frozen + 6 * adapter + 6 * size.layers * hidden * length
 
 
 def count_tokens(job_dir: Path, batch_size: int, steps: int) -> dict[str, list[int]]:
@@ -156,7 +187,8 @@ def measure(options: argparse.Namespace) -> None:
                     if (size.name, tool, number, start) in done:
                         continue
                     about = {"job": size.name, "tool": tool, "round": number, "start": start, "device": options.device}
-                    row = about | {"dtype": options.dtype} | run(options, tool, size, cache_dir)
+                    now = {"dtype": options.dtype, "date": time.strftime("%Y-%m-%d %H:%M"), "load": os.getloadavg()[0]}
+                    row = about | now | run(options, tool, size, cache_dir)
                     with options.results.open("a", encoding="utf-8") as handle:
                         handle.write(json.dumps(row) + "\n")
                     print(tool, size.name, number, start, row.get("error", "done"), flush=True)
@@ -179,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peftkit-python", default=sys.executable, help="interpreter of peftkit, plain and bare")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS, *GPU_PEERS], help="these tools alone")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run; from the third on they are measured")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a run; from the second on they are measured")
     parser.add_argument("--size", nargs="+", type=size_setting, default=[], help="another job, such as vocab_size=128000")
     parser.add_argument("--grow", choices=GROWTH, help="several jobs, of growing size")
     parser.add_argument("--starts", action="store_true", help="measure starts: the first one, and one more with what it left")

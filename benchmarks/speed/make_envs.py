@@ -1,8 +1,8 @@
-"""An environment for each peer: `python benchmarks/speed/make_envs.py FOLDER [--only trl litgpt]`.
+"""An environment for each peer: `python benchmarks/speed/make_envs.py FOLDER`.
 
-Each peer gets a virtual environment of its own in FOLDER, with torch first: `--torch` names the build that all share (here a CPU
-build; on a GPU machine the default of the index). The peer then brings the transformers and peft that it asks for. An environment that is complete is
-left alone.
+Each peer gets a virtual environment of its own in FOLDER, with torch first: `--torch` names what all share (here a CPU build; on a
+GPU machine what the index gives). The peer then brings the transformers and peft that it asks for. An environment that is complete
+is left alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PEERS = {
     "llamafactory": Peer(("llamafactory==0.9.5",), ("torchvision", "torchaudio")),
     "axolotl": Peer(("axolotl==0.19.0",), ("torchvision", "torchaudio")),
     "ms_swift": Peer(("ms-swift==4.6.0",), ("torchvision", "torchaudio")),
-    "torchtune": Peer(("torchtune==0.6.1", "torchao"), ("torchvision", "torchaudio")),
+    "torchtune": Peer(("torchtune==0.6.1", "torchao==0.13.0"), ("torchvision", "torchaudio")),
     "litgpt": Peer(("litgpt==0.5.13",)),
     "unsloth": Peer(("unsloth==2026.10.9",), gpu_only=True),
 }

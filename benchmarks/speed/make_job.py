@@ -2,9 +2,9 @@
 
     python benchmarks/speed/make_job.py FOLDER --vocab-size 32000 --max-length 512
 
-A Llama of 25M parameters and twice its vocabulary times 512 more (58M with 32,000 tokens), random weights; a byte-level BPE of 8,000 tokens
-with the vocabulary of the model padded; rows of one question and one answer. Lengths follow a log-normal distribution, cut at the
-maximum: batches of 8 in file order are 40% padding, and 60% of a row is answer.
+A Llama with random weights (58M parameters with 32,000 tokens); a byte-level BPE of 8,000 tokens, the model's vocabulary padded to
+what is asked for; rows of one question and one answer. Lengths follow a log-normal distribution, cut at the maximum: batches of 8 in
+file order are 40% padding, and about 60% of a row is answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-HIDDEN, LAYERS, FFN, HEADS = 512, 8, 1376, 8
 BPE_TOKENS = 8000
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 TEMPLATE = (
@@ -55,19 +54,19 @@ def make_tokenizer(words: list[str], generator: random.Random) -> Any:
     return tokenizer
 
 
-def make_model(vocab_size: int, max_length: int, tokenizer: Any) -> Any:
+def make_model(options: argparse.Namespace, tokenizer: Any) -> Any:
     """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=max(2048, max_length),
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.hidden_size * 43 // 16,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden_size // 64,
+        num_key_value_heads=options.hidden_size // 64,
+        max_position_embeddings=max(2048, options.max_length),
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -111,13 +110,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=256)
     options = parser.parse_args()
     generator = random.Random(0)
     words = make_words(generator)
     tokenizer = make_tokenizer(words, generator)
     model_dir = options.folder / "model"
-    make_model(options.vocab_size, options.max_length, tokenizer).save_pretrained(model_dir)
+    make_model(options, tokenizer).save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
     rows = [make_row(words, options.max_length, tokenizer, generator) for _ in range(options.rows)]
     for name, keys in (("tokens.jsonl", ("input_ids", "labels", "attention_mask")), ("rows.jsonl", ("messages",))):

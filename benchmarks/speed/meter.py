@@ -1,7 +1,8 @@
 """What every tool is measured with: three places that all of them pass, watched from outside, so that no tool is changed.
 
 The first look-up of a token's embedding marks the start of step 1, `Tensor.backward` shows the loss, and the end of an optimizer's
-step ends a step. With the last step the figures are written and the process ends: what a tool does after training is not measured.
+step ends a step. With the last step the figures are written and the process ends: what a tool does after training is not
+measured.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Meter:
         }
 
     def _on_step(self, *_: Any) -> None:
-        if self.job.device == "cuda" and len(self.cpu_seconds) + 1 in (2, self.job.steps):
+        if self.job.device == "cuda" and len(self.cpu_seconds) + 1 in (1, self.job.steps):
             torch.cuda.synchronize()
         self.cpu_seconds.append(time.process_time())
         self.wall_seconds.append(time.time() - self.job.started)
@@ -149,6 +150,7 @@ class Meter:
             "memory_peak": max(peak, self.peak_at_start),
             "memory_of_step": peak - self.before["memory_before"],
             "versions": versions(),
+            "gpu": torch.cuda.get_device_name() if self.job.device == "cuda" else "",
         }
         Path(self.job.result_path).write_text(json.dumps(result), encoding="utf-8")
         sys.stdout.flush()
