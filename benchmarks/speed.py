@@ -6,8 +6,9 @@
     python benchmarks/speed.py --work FOLDER --envs ENVS --results starts.jsonl --starts
     python benchmarks/speed.py --results speed.jsonl --table
 
-Every run is a line of the results; runs that are there already are not repeated. peftkit, the plain script and the bare loop run
-with `--peftkit-python` (default: this one), with the peftkit that it imports. `--device cuda --dtype bfloat16` is the same on a GPU.
+Every run is a line of the results; runs that are there already are not repeated. peftkit, the plain script and the bare
+loop run with `--peftkit-python` (default: this one), with the peftkit that it imports. `--device cuda --dtype bfloat16` is
+the same on a GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ RUNNERS = Path(__file__).with_suffix("")  # the folder `speed` beside this file
 OURS = ("peftkit", "plain", "bare")
 PEERS = ("trl", "llamafactory", "axolotl", "ms_swift", "torchtune", "litgpt")
 GPU_PEERS = ("unsloth",)
+NUM_ROWS = 256
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -55,7 +57,7 @@ class Size:
         return f"{self.folder_name}-batch{self.batch_size}-rank{self.rank}"
 
 
-# Batches of 8 at 4,096 tokens would take 20 GiB: of logits alone, the plain script holds several copies of 4 bytes x cells x vocabulary.
+# Long rows in batches of 8 would take 20 GiB: the plain script holds several times 4 bytes x cells x vocabulary of logits.
 GROWTH = {
     "length": [Size(max_length=length, batch_size=2) for length in (256, 512, 1024, 2048, 4096)],
     "vocabulary": [Size(vocab_size=size) for size in (32_000, 128_000)],
@@ -75,7 +77,7 @@ def make_job(options: argparse.Namespace, size: Size) -> Path:
     if not (folder / "rows.jsonl").exists():
         names = ("vocab_size", "max_length", "hidden_size", "layers")
         settings = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(size, name)))]
-        command = [options.peftkit_python, str(RUNNERS / "make_job.py"), str(folder), *settings]
+        command = [options.peftkit_python, str(RUNNERS / "make_job.py"), str(folder), "--rows", str(NUM_ROWS), *settings]
         subprocess.run(command, check=True, env=environment(options, folder))
     return folder
 
@@ -169,11 +171,25 @@ def count_tokens(job_dir: Path, batch_size: int, steps: int) -> dict[str, list[i
     return {"real": [sum(row) for row in lengths], "cells": [max(row) * len(row) for row in lengths], "targets": targets}
 
 
+def sizes_of(options: argparse.Namespace) -> list[Size]:
+    """The jobs to run."""
+    return GROWTH[options.grow] if options.grow else [replace(Size(), **dict(options.size))]
+
+
+def pick_tools(options: argparse.Namespace) -> list[str]:
+    """The tools to run; one without an environment is left out, and said so."""
+    every = [*OURS] if options.grow else [*OURS, *PEERS, *(GPU_PEERS if options.device == "cuda" else ())]
+    tools = options.only or every
+    for tool in tools:
+        if not python_of(options, tool).exists():
+            print(f"{tool}: left out, there is no {python_of(options, tool)}", file=sys.stderr)
+    return [tool for tool in tools if python_of(options, tool).exists()]
+
+
 def measure(options: argparse.Namespace) -> None:
     """All runs that are missing, tools alternating."""
-    tools = options.only or [*OURS, *PEERS, *(GPU_PEERS if options.device == "cuda" else ())]
-    tools = [tool for tool in (options.only or OURS if options.grow else tools) if python_of(options, tool).exists()]
-    sizes = GROWTH[options.grow] if options.grow else [replace(Size(), **dict(options.size))]
+    tools = pick_tools(options)
+    sizes = sizes_of(options)
     results = load_results(options.results)
     done = {(row["job"], row["tool"], row["round"], row["start"]) for row in results if "error" not in row}
     starts = ("cold", "again") if options.starts else ("",)
@@ -198,7 +214,9 @@ def size_setting(text: str) -> tuple[str, int]:
     """`rank=64` as a name and a number."""
     name, _, value = text.partition("=")
     if name not in Size.__dataclass_fields__:
-        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(Size.__dataclass_fields__)}")
+        raise argparse.ArgumentTypeError(f"`{name}` is none of {', '.join(Size.__dataclass_fields__)}")
+    if not value.isdigit() or int(value) == 0:
+        raise argparse.ArgumentTypeError(f"`{text}`: {name} takes a whole number from 1 on")
     return name, int(value)
 
 
@@ -221,6 +239,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
+    batch_sizes = [size.batch_size for size in sizes_of(options)]
+    most = NUM_ROWS // max(batch_sizes)
+    if not 2 <= options.steps <= most:
+        parser.error(f"--steps {options.steps}: it takes 2 (the first is not measured) to {most} ({NUM_ROWS} rows are made)")
     options.work, options.envs, options.results = (path.absolute() for path in (options.work, options.envs, options.results))
     return options
 

@@ -1,8 +1,8 @@
 """An environment for each peer: `python benchmarks/speed/make_envs.py FOLDER`.
 
-Each peer gets a virtual environment of its own in FOLDER, with torch first: `--torch` names what all share (here a CPU build; on a
-GPU machine what the index gives). The peer then brings the transformers and peft that it asks for. An environment that is complete
-is left alone.
+Each peer gets a virtual environment of its own in FOLDER, with torch first: `--torch` names what all share (here a CPU
+build; on a GPU machine what the index gives). The peer then brings the transformers and peft that it asks for. An
+environment that is complete is left alone.
 """
 
 from __future__ import annotations

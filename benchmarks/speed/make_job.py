@@ -2,9 +2,9 @@
 
     python benchmarks/speed/make_job.py FOLDER --vocab-size 32000 --max-length 512
 
-A Llama with random weights (58M parameters with 32,000 tokens); a byte-level BPE of 8,000 tokens, the model's vocabulary padded to
-what is asked for; rows of one question and one answer. Lengths follow a log-normal distribution, cut at the maximum: batches of 8 in
-file order are 40% padding, and about 60% of a row is answer.
+A Llama with random weights (58M parameters with 32,000 tokens); a byte-level BPE of 8,000 tokens, the model's vocabulary
+padded to what is asked for; rows of one question and one answer. Lengths follow a log-normal distribution, cut at the
+maximum: batches of 8 in file order are 40% padding, and about 60% of a row is answer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What every tool is measured with: three places that all of them pass, watched from outside, so that no tool is changed.
 
-The first look-up of a token's embedding marks the start of step 1, `Tensor.backward` shows the loss, and the end of an optimizer's
-step ends a step. With the last step the figures are written and the process ends: what a tool does after training is not
-measured.
+The first look-up of a token's embedding marks the start of step 1, `Tensor.backward` shows the loss, and the end of an
+optimizer's step ends a step. With the last step the figures are written and the process ends: what a tool does after
+training is not measured.
 """
 
 from __future__ import annotations
