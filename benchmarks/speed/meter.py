@@ -121,15 +121,18 @@ class Meter:
         register_optimizer_step_post_hook(self._on_step)
 
     def _on_forward(self, module: torch.nn.Module, inputs: Any) -> None:
-        """The last look-up before the first backward pass counts: a tool may try its model before it trains."""
+        """The last look-up before the first backward pass starts the step, since a tool may try its model before it trains; what
+        was in use at the first one is the memory before it.
+        """
         if not isinstance(module, torch.nn.Embedding):
             return
         self.peak_at_start = max(self.peak_at_start, peak_bytes(self.job.device))
         forget_peak(self.job.device)
+        in_use = peak_bytes(self.job.device)
         self.before = {
             "seconds_before_step_1": time.time() - self.job.started,
             "cpu_seconds_before_step_1": time.process_time(),
-            "memory_before": peak_bytes(self.job.device),
+            "memory_before": self.before.get("memory_before", in_use),
         }
 
     def _on_step(self, *_: Any) -> None:
