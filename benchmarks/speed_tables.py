@@ -188,7 +188,7 @@ def print_tables(results: list[Row]) -> None:
     failed = grouped([row for row in results if "error" in row], lambda row: row["tool"])
     for tool, rows in failed.items():
         if not any(row["tool"] == tool for row in good):
-            print(f"\n{NAMES[tool]}: {rows[-1]['error']}: {rows[-1]['log'].strip().splitlines()[-1:]}")
+            print(f"\n{NAMES[tool]}: {rows[-1]['error']}: {' '.join(rows[-1]['log'].strip().splitlines()[-1:])}")
 
 
 def plot(results: list[Row], path: Path) -> None:

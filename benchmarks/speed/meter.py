@@ -121,8 +121,8 @@ class Meter:
         register_optimizer_step_post_hook(self._on_step)
 
     def _on_forward(self, module: torch.nn.Module, inputs: Any) -> None:
-        """The last look-up before the first backward pass starts the step, since a tool may try its model before it trains; what
-        was in use at the first one is the memory before it.
+        """The last look-up before the first backward pass starts the step, since a tool may try its model before it trains;
+        what was in use at the first one is the memory before it.
         """
         if not isinstance(module, torch.nn.Embedding):
             return
