@@ -61,8 +61,8 @@ def losses(row: Row) -> list[float]:
 
 
 def loss_gap(row: Row, plain: Row, steps: slice = slice(None)) -> float:
-    """The largest difference of a step's loss to the plain script's."""
-    return max(abs(ours - theirs) for ours, theirs in zip(losses(row)[steps], losses(plain)[steps], strict=True))
+    """The largest difference of a step's loss to the plain script's, over the steps that both have."""
+    return max(abs(ours - theirs) for ours, theirs in zip(losses(row)[steps], losses(plain)[steps], strict=False))
 
 
 def spread(values: Iterable[float], digits: int = 0) -> str:
