@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from peftkit.engine.data import Data
 from peftkit.errors import ResourceError
@@ -34,6 +35,13 @@ def explain_exhaustion(plan: Plan, data: Data) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk is full: {error.filename or 'the run directory'} could not be written") from error
         raise
+
+
+def release(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let go of the weights of a model and of its optimizer's state: the certificate has the memory to itself."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.grad, tensor.data = None, tensor.data.new_empty(0)
+    optimizer.state.clear()
 
 
 def _memory_text(plan: Plan, data: Data) -> str:

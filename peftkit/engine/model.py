@@ -236,6 +236,24 @@ def weight_names(base: Base) -> set[str] | None:
         raise LoadError(f"{single} is damaged: {first_line(error)}") from error
 
 
+def stored_bytes(base: Base, dtype: str) -> int:
+    """Bytes of a local checkpoint that loading reads beside the weights it makes of them.
+
+    Weights of the same dtype are the file itself, mapped into memory; of others the file's are there as well.
+    """
+    files = sorted(Path(base.path).glob("*.safetensors")) if base.init == "pretrained" else []
+    if not files:
+        return 0
+    try:
+        with safe_open(files[0], "pt") as handle:
+            name = next(iter(handle.keys()), None)
+            stored = handle.get_slice(name).get_dtype() if name is not None else ""
+    except SafetensorError:  # loading will say so
+        return 0
+    same = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}.get(dtype) == stored
+    return 0 if same else sum(file.stat().st_size for file in files)
+
+
 def load_base_model(
     base: Base, settings: Encoding | None = None, *, head_seed: int | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
