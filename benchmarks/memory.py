@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ import yaml
 WORDS = 2000
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = SPECIAL | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+WIDE = {"vocab_size": 96000, "num_hidden_layers": 3, "tie_word_embeddings": True}
 BERT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8, "pad_token_id": 0}
 
 # name -> (class, config class, config)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"vocab_size": 16000, "num_key_value_heads": 4}),
-    "wide": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"vocab_size": 96000, "num_hidden_layers": 3, "tie_word_embeddings": True}),
+    "wide": ("LlamaForCausalLM", "LlamaConfig", LLAMA | WIDE),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", SPECIAL | {"vocab_size": 16000, "n_embd": 512, "n_layer": 8, "n_head": 8}),
     "bert": ("BertModel", "BertConfig", BERT | {"vocab_size": 16000, "max_position_embeddings": 512}),
     "t5": (
@@ -42,10 +44,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 Recipe = dict[str, Any]
 
 
+def micro(batch_size: int, micro_batch_size: int) -> Recipe:
+    """Sequences of a step and of a pass."""
+    return {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+
+
 def recipe(task: str, model: str, adapter: Recipe, words: int, training: Recipe, **data: Any) -> Recipe:
     """A recipe of three steps on rows of up to so many words."""
-    steps = {"max_steps": 3, "batch_size": 8, "logging_steps": 1, "learning_rate": 1e-4}
-    sections = {"max_length": 1024, "truncation": "right", "cache": False}
+    steps = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-4}
+    sections = {"max_length": 1024 if model != "bert" else 480, "truncation": "right", "cache": False}
     return {
         "task": task, "model": {"name_or_path": model}, "adapter": adapter, "data": sections | data, "training": steps | training,
         "words": words,
@@ -53,22 +60,25 @@ def recipe(task: str, model: str, adapter: Recipe, words: int, training: Recipe,
 
 
 LORA = {"method": "lora", "r": 16, "target_modules": "all-linear"}
+DORA = {"method": "lora", "use_dora": True}
+FULL = {"method": "full"}
+PREFIX = {"method": "prefix_tuning", "num_virtual_tokens": 100}
+PROMPT = {"method": "prompt_tuning", "num_virtual_tokens": 20}
+BF16 = {"mixed_precision": "bf16"}
 RECIPES: dict[str, Recipe] = {
-    "lora": recipe("CAUSAL_LM", "llama", LORA, 512, {"micro_batch_size": 4}),
-    "lora, checkpointed": recipe("CAUSAL_LM", "llama", LORA, 512, {"batch_size": 16, "micro_batch_size": 16, "gradient_checkpointing": True}),
-    "lora, packed": recipe("CAUSAL_LM", "llama", LORA, 400, {"micro_batch_size": 2, "batch_size": 12}, packing=True),
-    "lora, large vocabulary": recipe("CAUSAL_LM", "wide", LORA, 512, {"micro_batch_size": 4, "batch_size": 4}, train_on="all"),
-    "lora, bfloat16": recipe("CAUSAL_LM", "llama", LORA, 256, {"micro_batch_size": 4, "batch_size": 4, "mixed_precision": "bf16"}),
-    "dora": recipe("CAUSAL_LM", "gpt2", {"method": "lora", "use_dora": True}, 1000, {"micro_batch_size": 2, "batch_size": 4}),
-    "full": recipe("CAUSAL_LM", "llama", {"method": "full"}, 256, {"micro_batch_size": 4}),
-    "full, adafactor": recipe("SEQ_CLS", "bert", {"method": "full"}, 200, {"micro_batch_size": 8, "optim": "adafactor"}),
-    "prefix tuning": recipe("CAUSAL_LM", "llama", {"method": "prefix_tuning", "num_virtual_tokens": 100}, 400, {"micro_batch_size": 4}),
-    "ia3, T5": recipe("SEQ_2_SEQ_LM", "t5", {"method": "ia3"}, 500, {"micro_batch_size": 4}),
-    "bitfit, BERT, tags": recipe("TOKEN_CLS", "bert", {"method": "bitfit"}, 400, {"micro_batch_size": 8}),
-    "prompt tuning, BERT, pairs": recipe(
-        "FEATURE_EXTRACTION", "bert", {"method": "prompt_tuning", "num_virtual_tokens": 20}, 300, {"micro_batch_size": 4}
-    ),
-}  # fmt: skip
+    "lora": recipe("CAUSAL_LM", "llama", LORA, 512, micro(8, 4)),
+    "lora, checkpointed": recipe("CAUSAL_LM", "llama", LORA, 400, micro(8, 8) | {"gradient_checkpointing": True}),
+    "lora, packed": recipe("CAUSAL_LM", "llama", LORA, 300, micro(8, 1), packing=True),
+    "lora, large vocabulary": recipe("CAUSAL_LM", "wide", LORA, 512, micro(4, 4), train_on="all"),
+    "lora, bfloat16": recipe("CAUSAL_LM", "llama", LORA, 256, micro(4, 4) | BF16),
+    "dora": recipe("CAUSAL_LM", "gpt2", DORA, 1000, micro(2, 2)),
+    "full": recipe("CAUSAL_LM", "llama", FULL, 256, micro(8, 4)),
+    "full, adafactor": recipe("SEQ_CLS", "bert", FULL, 200, micro(8, 8) | {"optim": "adafactor"}),
+    "prefix tuning": recipe("CAUSAL_LM", "llama", PREFIX, 400, micro(8, 4)),
+    "ia3, T5": recipe("SEQ_2_SEQ_LM", "t5", {"method": "ia3"}, 500, micro(8, 4)),
+    "bitfit, BERT, tags": recipe("TOKEN_CLS", "bert", {"method": "bitfit"}, 400, micro(8, 8)),
+    "prompt tuning, BERT, pairs": recipe("FEATURE_EXTRACTION", "bert", PROMPT, 300, micro(8, 4)),
+}
 
 
 def rows(task: str, words: int, count: int = 96) -> list[Recipe]:
@@ -78,14 +88,18 @@ def rows(task: str, words: int, count: int = 96) -> list[Recipe]:
     def text(share: float = 1.0) -> str:
         return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(int(share * words * draw.uniform(0.25, 1.0))))
 
-    make = {
+    def tagged() -> Recipe:
+        tokens = text().split()
+        return {"tokens": tokens, "tags": ["B-X" if token[-1] == "1" else "O" for token in tokens]}
+
+    make: dict[str, Callable[[], Recipe]] = {
         "CAUSAL_LM": lambda: {"prompt": text(0.5), "completion": text(0.5)},
         "SEQ_2_SEQ_LM": lambda: {"source": text(0.8), "target": text(0.2)},
         "SEQ_CLS": lambda: {"text": text(), "label": f"l{draw.randrange(3)}"},
-        "TOKEN_CLS": lambda: {"tokens": (tokens := text().split()), "tags": ["B-X" if word[-1] == "1" else "O" for word in tokens]},
+        "TOKEN_CLS": tagged,
         "FEATURE_EXTRACTION": lambda: {"anchor": text(), "positive": text()},
-    }[task]  # fmt: skip
-    return [make() for _ in range(count)]
+    }
+    return [make[task]() for _ in range(count)]
 
 
 def save_model(name: str, folder: Path) -> Path:

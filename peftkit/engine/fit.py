@@ -78,7 +78,7 @@ def propose(loaded: LoadedRecipe, found: Survey, planned: MemoryPlan, sharding: 
         proposal = search.try_out(chosen) if chosen else _as_it_is(planned)
         if proposal is not None and proposal.needed <= found.plan.hardware.memory_bytes:
             fitting.append(proposal)
-        if len(fitting) == MOST_PROPOSALS or ((fitting and not fitting[0].settings)):
+        if len(fitting) == MOST_PROPOSALS or (fitting and not fitting[0].settings):
             break
     return fitting
 

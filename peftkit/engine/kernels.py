@@ -82,14 +82,12 @@ class Kernels:
         masks: whether attention takes a mask; flash attention goes without.
         quantised: ids of weights that lie quantised, and are multiplied by way of a copy that is not.
         bits: of those weights.
-        offloads: whether what the forward pass saves waits in the CPU's memory.
     """
 
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     masks: bool = True
     quantised: frozenset[int] = frozenset()
     bits: int = 16
-    offloads: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -114,8 +112,6 @@ class Autocast:
 
     def cast(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a function in the dtypes that it gets them in."""
-        if name == "backward":
-            self.copies.clear()
         if not torch.is_autocast_enabled("cpu"):
             return args, kwargs
         if name in _IN_16_BITS:
@@ -158,7 +154,7 @@ def attention(  # noqa: PLR0913, PLR0917 - torch's own parameters
     """`scaled_dot_product_attention`, by the kernel that torch picks on the device; arguments as there."""
     fused = query.dim() == 4 and query.shape[-1] == value.shape[-1]
     if kernels.device == "cpu":
-        fused = fused and dropout_p == 0.0
+        fused = fused and dropout_p == 0.0 and not (attn_mask is not None and attn_mask.requires_grad)
     if not fused or kernels.device == "mps":
         options = {"scale": scale, "enable_gqa": enable_gqa}
         result: torch.Tensor = _aten._scaled_dot_product_attention_math(

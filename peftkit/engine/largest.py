@@ -47,7 +47,8 @@ def sizes_of(plan: Plan, sample: Examples, model: nn.Module) -> list[tuple[int, 
     Logits of a target against activations of a token, both in float32 and roughly (see docs/memory.md): 12 bytes for each
     entry of the vocabulary, 160 for each hidden unit of each layer.
     """
-    config: Any = base_of_adapted(model).config.get_text_config()
+    base: Any = base_of_adapted(model)
+    config = base.config.get_text_config()
     width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1
     layers = getattr(config, "num_hidden_layers", None) or 1
     weight = 12 * getattr(config, "vocab_size", 0) / (160 * width * layers) if plan.task.generates else 0.0

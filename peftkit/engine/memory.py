@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.blueprint import draw_blueprint
@@ -32,7 +34,7 @@ from peftkit.tasks.example import Batch, Runtime
 # of the kernels, the optimizer's code. Measured: docs/memory.md.
 _LATER_BYTES = 60 * 2**20
 _WORKSPACE_BYTES = 2 * 8_519_680  # cuBLAS, for the threads of the forward and the backward pass (torch 2.13, CUDABlas)
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "overhead")
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "fragmentation", "overhead")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class MemoryPlan:
         """What `plan --json` says of it."""
         totals = {name: sum(parts.values()) for name, parts in self.phases.items()}
         return {
-            "memory_bytes": self.phases[self.peak] | {"total": self.total},
+            "memory_bytes": {part: self.phases[self.peak].get(part, 0) for part in PARTS} | {"total": self.total},
             "memory_phases": totals,
             "memory_peak": self.peak,
             "memory_from": f"{self.how}; largest pass: {self.shape[0]} x {self.shape[1]} tokens",
@@ -80,7 +82,7 @@ def plan_memory(found: Survey, sharding: Sharding = Sharding()) -> MemoryPlan:  
         sharding: how the processes share weights, gradients and optimizer.
     """
     plan, model = found.plan, found.blueprint.model
-    set_pad_token(base_of_adapted(model), found.tokenizer)  # type: ignore[arg-type]
+    set_pad_token(base_of_adapted(model), found.tokenizer)
     runtime = plan.task.runtime(found.tokenizer, found.data.encoding)
     batch, num_passes = largest_pass(plan, found.data, model, runtime)
     held, how = trace_step(found, runtime, batch, accumulates=num_passes > 1)
@@ -98,7 +100,9 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
     if on_cpu:
         yield "loading", fixed | {"overhead": overhead + stored_bytes(base_of(plan), plan.dtype)}
     training = fixed | {"optimizer": size.optimizer, "overhead": overhead + size.buckets}
-    yield "training", training | {"gradients": size.gradient_share(held.gradients), "activations": held.activations}
+    yield "training", training | {"gradients": size.gradient_share(held.gradients), "activations": held.activations} | {
+        "fragmentation": held.fragmentation
+    }
     yield "optimizer", training | {"gradients": size.gradients, "activations": size.step_scratch}
     logits = _certificate_bytes(found, runtime)
     if evaluated := _evaluation(found, runtime):
@@ -168,7 +172,6 @@ def kernels_of(plan: Plan, model: nn.Module) -> Kernels:
         masks=not str(plan.recipe.model.attn_implementation).startswith("fl"),  # flash and flex attention take none
         quantised=frozenset(quantised),
         bits=getattr(getattr(plan.recipe.model, "quantization", None), "bits", 16),
-        offloads=bool(getattr(plan.recipe.training, "activation_offloading", False)),
     )
 
 
@@ -180,7 +183,13 @@ def _as_it_trains(plan: Plan, model: nn.Module, batch: Batch) -> Iterator[Batch]
     if str(attention).startswith("fl"):
         base.set_attn_implementation("sdpa")
         batch = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
-    with autocast_like(model, plan.mixed_precision), _checkpointing(base, plan.recipe.training.gradient_checkpointing):
+    training = plan.recipe.training
+    offloads = bool(getattr(training, "activation_offloading", False))
+    with (
+        autocast_like(model, plan.mixed_precision),
+        _checkpointing(base, training.gradient_checkpointing),
+        _offloading(base, offloads),
+    ):
         try:
             yield batch
         finally:
@@ -191,20 +200,53 @@ def _as_it_trains(plan: Plan, model: nn.Module, batch: Batch) -> Iterator[Batch]
 @contextlib.contextmanager
 def autocast_like(model: nn.Module, precision: str) -> Iterator[None]:
     """The model's forward pass as accelerate wraps it: under autocast, its outputs in float32."""
-    if precision == "no":
+
+    def cast(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with autocast("cpu", precision):
+                return forward(*args, **kwargs)
+
+        return convert_outputs_to_fp32(run)
+
+    with _wrapped(model, cast if precision != "no" else None):
+        yield
+
+
+@contextlib.contextmanager
+def _offloading(base: nn.Module, wanted: bool) -> Iterator[None]:
+    """Large tensors that the base model's forward pass saves wait elsewhere until the backward pass asks for them."""
+    own = {id(parameter) for parameter in base.parameters()}
+
+    def pack(tensor: torch.Tensor) -> Any:
+        leaves = tensor.is_meta and id(tensor) not in own and tensor.numel() * tensor.element_size() >= 2**20
+        return (tensor.shape, tensor.stride(), tensor.dtype) if leaves else tensor
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        return torch.empty_strided(packed[0], packed[1], dtype=packed[2], device="meta")
+
+    def away(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with saved_tensors_hooks(pack, unpack):
+                return forward(*args, **kwargs)
+
+        return run
+
+    with _wrapped(base, away if wanted else None):
+        yield
+
+
+@contextlib.contextmanager
+def _wrapped(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None) -> Iterator[None]:
+    if wrap is None:
         yield
         return
-    forward = model.forward
-
-    def cast(*args: Any, **kwargs: Any) -> Any:
-        with autocast("cpu", precision):
-            return forward(*args, **kwargs)
-
-    model.forward = convert_outputs_to_fp32(cast)
+    model.forward = wrap(model.forward)
     try:
         yield
     finally:
-        model.__dict__.pop("forward", None)
+        del model.forward  # the class has its own
 
 
 @contextlib.contextmanager
@@ -213,6 +255,10 @@ def _checkpointing(base: Any, wanted: bool) -> Iterator[None]:
         yield
         return
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in base.modules():
+        if checkpoint := getattr(module, "_gradient_checkpointing_func", None):
+            # What is recomputed is compared with what was, the device too, which differs by who looks (engine.trace).
+            module._gradient_checkpointing_func = functools.partial(checkpoint, determinism_check="none")
     try:
         yield
     finally:
@@ -252,7 +298,8 @@ def _lora_twin(found: Survey) -> Survey:
     """The same run with LoRA on the same layers."""
     section: Any = found.plan.recipe.adapter
     fields = {name: getattr(section, name, None) for name in ("target_modules", "exclude_modules", "modules_to_save")}
-    adapter = METHODS["lora"].section(method="lora", **{name: value for name, value in fields.items() if value is not None})
+    stated = {name: value for name, value in fields.items() if value is not None}
+    adapter = METHODS["lora"].section.model_validate({"method": "lora"} | stated)
     recipe = found.plan.recipe.model_copy(update={"adapter": adapter})
     plan = dataclasses.replace(found.plan, recipe=recipe)
     return dataclasses.replace(
@@ -264,8 +311,8 @@ def _formula(plan: Plan, model: nn.Module, batch: Batch) -> Held:
     """Korthikanti et al. 2022 (arXiv:2205.05198), section 4: 34 bytes per token, hidden unit and layer at 16 bits."""
     config: Any = load_config(base_of(plan)).get_text_config()
     tokens = batch["input_ids"].numel()
-    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)
-    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 0)
+    width: int = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 0
+    layers: int = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None) or 0
     factor = 1 if plan.mixed_precision != "no" or plan.dtype != "float32" else 2
     layer = 34 * factor * width * tokens
     kept = 2 * factor * width * tokens * layers + layer if plan.recipe.training.gradient_checkpointing else layer * layers

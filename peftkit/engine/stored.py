@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -85,9 +86,9 @@ def stored(plan: Plan, model: nn.Module) -> Stored:
     quantization = getattr(plan.recipe.model, "quantization", None)
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    quantised = {id(weight): weight for weight in _quantised(model)} if quantization is not None else {}
+    quantised = {id(weight): weight for weight in quantised_weights(model)} if quantization is not None else {}
 
-    def size(parameter: nn.Parameter) -> int:
+    def size(parameter: torch.Tensor) -> int:
         if id(parameter) in quantised:
             return quantised_bytes(parameter.shape, quantization)
         return parameter.numel() * parameter.element_size()
@@ -152,7 +153,7 @@ def _step_scratch(optim: str, trained: Sequence[nn.Parameter], device: str) -> i
     return sum(sizes) if optim == "adamw_torch" and device == "cuda" else 2 * max(sizes)
 
 
-def _quantised(model: nn.Module) -> Iterator[nn.Parameter]:
+def quantised_weights(model: nn.Module) -> Iterator[torch.Tensor]:
     """The weights that bitsandbytes quantises: of linear layers, without heads and what is trained."""
     base: Any = base_of_adapted(model)
     output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -161,12 +162,13 @@ def _quantised(model: nn.Module) -> Iterator[nn.Parameter]:
     for name, module in base.named_modules():
         part_of_head = not name.startswith(inside) and base.base_model is not base
         kept_whole = ".original_module" in name or ".modules_to_save" in name
-        if isinstance(module, nn.Linear) and not part_of_head and not kept_whole:
-            if not module.weight.requires_grad and id(module.weight) not in tied:
-                yield module.weight
+        if not isinstance(module, nn.Linear) or part_of_head or kept_whole:
+            continue
+        if not module.weight.requires_grad and id(module.weight) not in tied:
+            yield module.weight
 
 
-def _targets(model: nn.Module) -> Iterator[nn.Parameter]:
+def _targets(model: nn.Module) -> Iterator[torch.Tensor]:
     """The frozen weights of layers that hold something trained."""
     for module in model.modules():
         layer = getattr(module, "base_layer", module)

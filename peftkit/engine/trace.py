@@ -6,6 +6,7 @@ whatever else follows from it alone: code that branches on values, or picks rows
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkit.engine.depth import common_depth, shallow_depths, shortened
+from peftkit.engine.heap import heap_peak
 from peftkit.engine.kernels import Autocast, Kernels, attention, quantised_linear
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
@@ -33,20 +36,22 @@ class Held:
     Attributes:
         activations: of everything but gradients.
         gradients: of the trained parameters.
+        fragmentation: holes between them, in the heap of a process on the CPU.
     """
 
     activations: int = 0
     gradients: int = 0
+    fragmentation: int = 0
 
     @property
     def total(self) -> int:
-        """Both."""
-        return self.activations + self.gradients
+        """All of them."""
+        return self.activations + self.gradients + self.fragmentation
 
     def grown(self, other: Held, factor: float) -> Held:
         """What it becomes on a line through another one, `factor` times the way to that."""
-        parts = zip((self.activations, self.gradients), (other.activations, other.gradients), strict=True)
-        return Held(*(round(own + factor * (at - own)) for own, at in parts))
+        parts = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Held(*(max(0, round(own + factor * (at - own))) for own, at in parts))
 
 
 Moments = tuple[Held, Held]  # the fullest ones before and after half of the gradients are there
@@ -77,16 +82,20 @@ def _trace_whole(model: nn.Module, loss: Callable[[], torch.Tensor], kernels: Ke
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter) if gradients_exist else None
-    ledger = Ledger(kernels.block_bytes)
+    ledger = Ledger(kernels.block_bytes, shapes_only=True)
     there = [parameter.grad for parameter in trained if parameter.grad is not None]
     try:
-        with ledger, _Stage(kernels):
+        with ledger, _Stage(kernels) as stage:
             ledger.leave_out([*model.parameters(), *model.buffers(), *there])
-            loss().backward()
+            total = loss()
+            stage.autocast.copies.clear()
+            # `total.backward()` would go through the stage, which is off inside, where layers are recomputed (torch 2.13).
+            one = torch.empty_like(total)
+            _engine_run_backward((total,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
             gradients = ledger.numbers_of(parameter.grad for parameter in trained if parameter.grad is not None)
-        moments = ledger.fullest(gradients)
-        before = sum(map(kernels.block, there))
-        first, second = (Held(held.activations, held.gradients + before) for held in moments)
+        moments, before = ledger.fullest(gradients), sum(map(kernels.block, there))
+        holes = ledger.holes(gradients) if kernels.device == "cpu" else 0
+        first, second = (Held(held.activations, held.gradients + before, holes) for held in moments)
         return first, second
     finally:
         for parameter in trained:
@@ -104,11 +113,13 @@ def trace_inference(model: nn.Module, run: Callable[[], Any], kernels: Kernels) 
     _strip(model)
 
     def trace() -> Moments:
-        ledger = Ledger(kernels.block_bytes)
+        ledger = Ledger(kernels.block_bytes, shapes_only=True)
         with torch.no_grad(), ledger, _Stage(kernels):
             ledger.leave_out([*model.parameters(), *model.buffers()])
             run()
-        return ledger.fullest(set())
+        holes = ledger.holes(set()) if kernels.device == "cpu" else 0
+        first, second = (dataclasses.replace(held, fragmentation=holes) for held in ledger.fullest(set()))
+        return first, second
 
     return _at_full_depth(model, trace)
 
@@ -139,11 +150,12 @@ class Ledger(TorchDispatchMode):
 
     Args:
         block_bytes: what the allocator rounds sizes up to.
+        shapes_only: whether new tensors of floating point get no numbers.
     """
 
-    def __init__(self, block_bytes: int = 1) -> None:
+    def __init__(self, block_bytes: int = 1, *, shapes_only: bool = False) -> None:
         super().__init__()
-        self.block_bytes = block_bytes
+        self.block_bytes, self.shapes_only = block_bytes, shapes_only
         self.sizes: list[int] = []
         self.events: list[int] = []  # n: storage n was made; ~n: it is gone
         self.numbers: dict[int, int] = {}  # address of a living storage -> its number
@@ -172,10 +184,17 @@ class Ledger(TorchDispatchMode):
                 best[late] = Held(now - of_gradients, of_gradients)
         return best[0], best[1]
 
+    def holes(self, gradients: set[int]) -> int:
+        """Bytes that the heap takes at most beyond what is in use at most."""
+        used = max(held.total for held in self.fullest(gradients))
+        return max(0, heap_peak(self.events, self.sizes, gradients) - used)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = _run(func, args, kwargs or {})
+        if self.shapes_only and isinstance(result, torch.Tensor) and _is_new(result, args):
+            result = _shapes(result)
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
                 self._book(tensor, None)
@@ -260,6 +279,11 @@ def _run_real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors:
     return func(*args, **kwargs)
 
 
+def _is_new(result: torch.Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether this is a tensor made of nothing (`torch.zeros`), in which gradients may be wanted."""
+    return not result.is_meta and result.is_floating_point() and result.dim() > 0 and not any(True for _ in _tensors(args))
+
+
 def _broadcast_size(tensors: list[torch.Tensor]) -> int:
     """Numbers in what an elementwise operation makes of these: a mask (T, T) of rows of positions, say."""
     by_dim = list(zip_longest(*(reversed(tensor.shape) for tensor in tensors), fillvalue=1))
@@ -319,8 +343,8 @@ def _picked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
 
 
 def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Products of groups of rows with a matrix each; torch's shapes know of bfloat16 alone (2.13), its kernels of others too."""
-    left, right, offsets = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs")
+    """Products of groups of rows with a matrix each; in shapes torch takes bfloat16 alone (2.13), unlike its kernels."""
+    left, right, offsets = args[0], args[1], args[2] if len(args) > 2 else kwargs["offs"]
     first = left.shape[0] if left.dim() == 2 else left.shape[1]
     shape = [first, right.shape[-1]]
     if left.dim() == right.dim():
