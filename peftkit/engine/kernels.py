@@ -192,9 +192,9 @@ class _Fused(torch.autograd.Function):
         return result
 
 
-def quantised_linear(kernels: Kernels, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def quantised_linear(kernels: Kernels, input: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
     """`linear` with a weight that bitsandbytes has quantised; arguments as there."""
-    result: torch.Tensor = _Dequantised.apply(x, weight, bias, kernels.bits)
+    result: torch.Tensor = _Dequantised.apply(input, weight, bias, kernels.bits)
     return result
 
 

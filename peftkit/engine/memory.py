@@ -131,7 +131,8 @@ def trace_step(found: Survey, runtime: Runtime, batch: Batch, *, accumulates: bo
         own = stored(plan, model)
         added = own.targets * plan.method.weight_copies
         what = f"estimated: {plan.method.name} cannot be run on shapes, activations are those of LoRA on the same model"
-        return Held(held.activations + added, own.gradients if accumulates else held.gradients), what
+        gradients = own.gradients if accumulates else held.gradients
+        return dataclasses.replace(held, activations=held.activations + added, gradients=gradients), what
     return _formula(plan, model, batch), "estimated by a formula: the model cannot be run on shapes"
 
 

@@ -234,7 +234,7 @@ class _Stage(TorchFunctionMode):
             return _CPU
         if name in ("to", "cpu", "cuda") and isinstance(args[0], torch.Tensor):
             return _moved(args, kwargs)
-        if name == "linear" and id(args[1]) in self.kernels.quantised:
+        if name == "linear" and any(id(value) in self.kernels.quantised for value in (*args, *kwargs.values())):
             return quantised_linear(self.kernels, *args, **kwargs)
         args, kwargs = self.autocast.cast(name, args, kwargs)
         if name == "scaled_dot_product_attention":
