@@ -122,10 +122,10 @@ def trace_step(found: Survey, runtime: Runtime, batch: Batch, *, accumulates: bo
     """
     plan, model = found.plan, found.blueprint.model
     if plan.method.trained_shapes is None:
-        with contextlib.suppress(*_UNTRACEABLE):
+        with contextlib.suppress(*UNTRACEABLE):
             held = _traced(plan, model, runtime, batch, accumulates=accumulates)
             return held, "traced: the model's own code, run on shapes"
-    with contextlib.suppress(*_UNTRACEABLE):
+    with contextlib.suppress(*UNTRACEABLE):
         twin = _lora_twin(found)
         held = _traced(twin.plan, twin.blueprint.model, runtime, batch, accumulates=accumulates)
         own = stored(plan, model)
@@ -137,7 +137,7 @@ def trace_step(found: Survey, runtime: Runtime, batch: Batch, *, accumulates: bo
 
 
 # What model code raises on tensors without numbers.
-_UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
+UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 def _traced(plan: Plan, model: nn.Module, runtime: Runtime, batch: Batch, *, accumulates: bool) -> Held:
@@ -277,10 +277,10 @@ def _evaluation(found: Survey, runtime: Runtime) -> Held | None:
 
     def score() -> None:
         outputs = runtime.forward(model, batch)
-        with contextlib.suppress(*_UNTRACEABLE):  # scores are numbers, which there are none of
+        with contextlib.suppress(*UNTRACEABLE):  # scores are numbers, which there are none of
             runtime.score(outputs, batch, rows)
 
-    with contextlib.suppress(*_UNTRACEABLE), autocast_like(model, plan.mixed_precision):
+    with contextlib.suppress(*UNTRACEABLE), autocast_like(model, plan.mixed_precision):
         return trace_inference(model, score, kernels_of(plan, model))
     return None
 

@@ -315,6 +315,11 @@ def _number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
 
 
+def _none_of_them(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """`any`, which asks for what should not be there: infinity, NaN."""
+    return torch.zeros(func(*args, **kwargs).shape, dtype=torch.bool)
+
+
 def _all_places(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """`nonzero`, as if nothing were zero."""
     return torch.ones(args[0].shape).nonzero()
@@ -354,6 +359,9 @@ def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.
 
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _aten._grouped_mm.default: _grouped,
+    _aten.any.default: _none_of_them,
+    _aten.any.dim: _none_of_them,
+    _aten.any.dims: _none_of_them,
     _aten._local_scalar_dense.default: _number,
     _aten.nonzero.default: _all_places,
     _aten.topk.default: _spread,
