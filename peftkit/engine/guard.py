@@ -53,6 +53,7 @@ def _memory_text(plan: Plan, data: Data) -> str:
         remedies.append("training.gradient_checkpointing: true (a third more time)")
     if plan.dtype == "float32":
         remedies.append("model.dtype: bfloat16 (half the weights)")
+    remedies.append("`peftkit plan RECIPE --fit GPU_GIB` proposes settings for a GPU of that size")
     remedies.append(f"data.max_length below {longest} with data.truncation")
     shape = f"{plan.micro_batch_size} x {longest} tokens"
     return f"out of memory on {plan.hardware.device_name} with micro-batches of up to {shape}. What helps:\n  " + "\n  ".join(

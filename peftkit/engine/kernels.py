@@ -173,6 +173,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        """Attention of (query, key, value, mask, device)."""
         query, key, value, mask, device = inputs
         result = torch.empty_like(query)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)  # log-sum-exp (B, H, T)
@@ -182,6 +183,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of query, key and value."""
         query, key, value, _, _, _ = ctx.saved_tensors
         # CUDA's kernels add up the queries' gradient in float32, and those of keys and values for each query head.
         wide = ctx.device == "cuda"
@@ -203,6 +205,7 @@ class _Dequantised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        """The product of (input, weight, bias, bits)."""
         x, weight, _, bits = inputs
         copy = torch.empty_like(weight, dtype=x.dtype) if bits == 4 else x.new_empty(x.shape, dtype=torch.int8)
         # With 8 bits the products are integers first, and the input is kept (bitsandbytes 0.50, MatMul8bitLt).
@@ -215,6 +218,7 @@ class _Dequantised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of the input."""
         copy = torch.empty_like(ctx.weight, dtype=ctx.dtype)
         result = gradients[0].new_empty(ctx.shape, dtype=ctx.dtype)
         del copy

@@ -26,6 +26,7 @@ from peftkit.engine.kernels import Autocast, Kernels, attention, quantised_linea
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _MOST_REAL = 2**26  # numbers of a result that are really computed; what is larger gets a shape only
+_WHOLE_ON_CPU = 48  # layers
 _aten = torch.ops.aten
 
 
@@ -75,7 +76,7 @@ def trace_training(
     def trace() -> Moments:
         return _trace_whole(model, loss, kernels, gradients_exist=gradients_exist)
 
-    return _at_full_depth(model, trace)
+    return _at_full_depth(model, trace, kernels)
 
 
 def _trace_whole(model: nn.Module, loss: Callable[[], torch.Tensor], kernels: Kernels, *, gradients_exist: bool) -> Moments:
@@ -121,12 +122,13 @@ def trace_inference(model: nn.Module, run: Callable[[], Any], kernels: Kernels) 
         first, second = (dataclasses.replace(held, fragmentation=holes) for held in ledger.fullest(set()))
         return first, second
 
-    return _at_full_depth(model, trace)
+    return _at_full_depth(model, trace, kernels)
 
 
-def _at_full_depth(model: nn.Module, trace: Callable[[], Moments]) -> Held:
+def _at_full_depth(model: nn.Module, trace: Callable[[], Moments], kernels: Kernels) -> Held:
     depth = common_depth(model)
-    if depth is None:
+    # The holes of a heap grow with depth, but not by the same for each layer.
+    if depth is None or (kernels.device == "cpu" and depth.layers <= _WHOLE_ON_CPU):
         return max(trace(), key=lambda held: held.total)
     short, longer = shallow_depths(depth)
     with shortened(model, short):
