@@ -69,17 +69,29 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipePath,
+    fit: Annotated[
+        float | None, typer.Option(min=0.1, metavar="GPU_GIB", help="Propose settings that fit into a GPU of so many GiB.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="Plan for so many processes.")] = None,
+    launch: Annotated[Path | None, typer.Option(help="Plan for the processes of this accelerate launch file.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what a run will do: targets, parameters, steps, tokens, memory. Loads no weights."""
     from peftkit import console
+    from peftkit import launch as launcher
     from peftkit.recipe import load_recipe
 
     with console.problems_as_json(as_json):
         loaded = load_recipe(recipe, overrides or [])
         from peftkit.commands import plan as command
 
+        stated = processes is not None or launch is not None
+        sharding = launcher.read_sharding(processes, launch) if stated else None
         with loaded.located():
-            result = command.plan(loaded)
+            result = command.plan(loaded, sharding=sharding, fit_gib=fit)
     console.print_json(result) if as_json else command.print_plan(result)
 
 

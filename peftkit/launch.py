@@ -9,7 +9,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
@@ -18,6 +20,81 @@ from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, newest_unfinished
 
 WORKER_MARK = "PEFTKIT_WORKER"
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How processes share what a run stores.
+
+    Attributes:
+        num_processes: how many there are.
+        kind: `ddp`: each has everything; `fsdp`, `zero3`: weights, gradients and optimizer are shared out; `zero2`: gradients
+            and optimizer; `zero1`: the optimizer.
+        offloads_optimizer: whether its state waits in the CPU's memory.
+        offloads_weights: whether the weights do.
+    """
+
+    num_processes: int = 1
+    kind: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+
+
+def read_sharding(processes: int | None, config: Path | None) -> Sharding:
+    """What an accelerate launch file says of sharing, for `--processes` and `--launch`.
+
+    Raises:
+        RecipeError: there is no such file, or it is no launch file; the number of processes is none.
+    """
+    check_launch(processes, config)
+    facts = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {}
+    if not isinstance(facts, dict):
+        raise RecipeError(f"--launch: `{config}` is no launch file of accelerate, which has a key and a value a line")
+    count = processes or int(facts.get("num_processes") or 1)
+    if facts.get("distributed_type") == "FSDP":
+        settings = facts.get("fsdp_config") or {}
+        whole = settings.get("fsdp_reshard_after_forward", settings.get("fsdp_sharding_strategy", True))
+        return _fsdp(count, str(whole), str(settings.get("fsdp_offload_params", False)))
+    if facts.get("distributed_type") == "DEEPSPEED":
+        settings = facts.get("deepspeed_config") or {}
+        away = [str(settings.get(f"offload_{what}_device") or "none") for what in ("optimizer", "param")]
+        return _zero(count, str(settings.get("zero_stage", 2)), *away)
+    return Sharding(count)
+
+
+def worker_sharding(processes: int) -> Sharding:
+    """How this process, which accelerate's launcher started, shares with the others."""
+    facts = os.environ
+    if facts.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        whole = facts.get("FSDP_RESHARD_AFTER_FORWARD") or facts.get("FSDP_SHARDING_STRATEGY") or "true"
+        return _fsdp(processes, whole, facts.get("FSDP_OFFLOAD_PARAMS", "false"))
+    if facts.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        away = [facts.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") or "none" for what in ("OPTIMIZER", "PARAM")]
+        return _zero(processes, facts.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or "2", *away)
+    return Sharding(processes)
+
+
+def _fsdp(count: int, whole: str, offloads: str) -> Sharding:
+    kind: Any = "fsdp" if whole.upper() in ("TRUE", "FULL_SHARD", "HYBRID_SHARD", "1", "4") else "zero2"
+    away = offloads.lower() == "true"
+    return Sharding(count, "ddp" if whole.upper() in ("NO_SHARD", "3") else kind, away, away)
+
+
+def _zero(count: int, stage: str, optimizer: str, weights: str) -> Sharding:
+    kinds: dict[str, Any] = {"1": "zero1", "2": "zero2", "3": "zero3"}
+    return Sharding(count, kinds.get(stage, "ddp"), optimizer != "none", weights != "none")
+
+
+def check_launch(processes: int | None, config: Path | None) -> None:
+    """Refuse a launch file that does not exist, and a number of processes that is none.
+
+    Raises:
+        RecipeError: with what is wrong.
+    """
+    if config is not None and not config.is_file():
+        raise RecipeError(f"--launch: there is no file `{config}`")
+    if processes is not None and processes < 1:
+        raise RecipeError(f"--processes: {processes} is not allowed; it takes a whole number above 0")
 
 
 def is_worker() -> bool:
@@ -64,10 +141,7 @@ def launch(processes: int | None, config: Path | None, run_dir: Path, arguments:
     Raises:
         RecipeError: the launch file does not exist, or the number of processes is no number of processes.
     """
-    if config is not None and not config.is_file():
-        raise RecipeError(f"--launch: there is no file `{config}`")
-    if processes is not None and processes < 1:
-        raise RecipeError(f"--processes: {processes} is not allowed; it takes a whole number above 0")
+    check_launch(processes, config)
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = config or write_launch_file(Path(folder) / "launch.yaml")
         # A session of its own: Ctrl-C at the terminal reaches the workers once, through here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from peftkit import console
@@ -9,25 +10,37 @@ from peftkit.commands.params import line, summary
 from peftkit.engine.batches import Layout, fill_rate, layout_of
 from peftkit.engine.data import Data
 from peftkit.engine.examples import step_rows
-from peftkit.engine.memory import estimate_memory
+from peftkit.engine.fit import gpu_of, propose
+from peftkit.engine.hardware import detect_hardware
+from peftkit.engine.memory import plan_memory
 from peftkit.engine.survey import survey
+from peftkit.launch import Sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 
 FILL_STEPS = 50  # optimizer steps that the fill rate is measured on
 
 
-def plan(loaded: LoadedRecipe) -> dict[str, Any]:
-    """Walk through all that `train` will do, up to the weights; returns what `--json` prints."""
+def plan(loaded: LoadedRecipe, *, sharding: Sharding | None = None, fit_gib: float | None = None) -> dict[str, Any]:
+    """Walk through all that `train` will do, up to the weights; returns what `--json` prints.
+
+    Args:
+        loaded: the recipe.
+        sharding: how processes share the run; default: there is one.
+        fit_gib: the memory that settings are to be proposed for.
+    """
+    sharding = sharding or Sharding(detect_hardware().num_processes)
+    hardware = dataclasses.replace(detect_hardware(), num_processes=sharding.num_processes)
+    hardware = hardware if fit_gib is None else gpu_of(fit_gib, hardware)
     with console.progress(None, "reading rows") as advance:
-        found = survey(loaded, on_row=lambda: advance(1))
+        found = survey(loaded, on_row=lambda: advance(1), hardware=hardware)
     decided, data, blueprint = found.plan, found.data, found.blueprint
-    longest = int(data.sample.lengths.max())
-    return summary(decided, blueprint) | {
+    memory = plan_memory(found, sharding)
+    result = summary(decided, blueprint) | {
         "num_steps": num_steps(decided, data.train.num_rows),
         "tokens_per_epoch": data.report["train"]["tokens"],
         "target_tokens_per_epoch": data.report["train"]["targets"],
-        "longest_row_tokens": longest,
+        "longest_row_tokens": int(data.sample.lengths.max()),
         "fill_rate": fill_rates(decided, data),
         "rows": {name: report["examples"] for name, report in data.report.items()},
         "dropped_rows": {name: data.num_findings(name, "dropped", "bad_row", "too_long") for name in data.report},
@@ -35,7 +48,7 @@ def plan(loaded: LoadedRecipe) -> dict[str, Any]:
         "format": ", ".join(dict.fromkeys(data.formats)),
         "data": data.report,
         "classes": data.classes["train"],
-        "memory_bytes": estimate_memory(decided, blueprint, decided.micro_batch_size * longest),
+        **memory.report(),
         "targets": blueprint.targets,
         "targets_reason": blueprint.targets_reason,
         "saved_modules": blueprint.saved_modules,
@@ -43,6 +56,10 @@ def plan(loaded: LoadedRecipe) -> dict[str, Any]:
         "notes": blueprint.notes,
         "problems": [],
     }
+    if fit_gib is None:
+        return result
+    fits = [proposal.report() for proposal in propose(loaded, found, memory, sharding)]
+    return result | {"fit": {"gpu_bytes": hardware.memory_bytes, "proposals": fits}}
 
 
 def fill_rates(decided: Plan, data: Data) -> dict[str, float]:
@@ -75,9 +92,34 @@ def print_plan(result: dict[str, Any]) -> None:
         console.print_table(f"targets ({result['targets_reason']})", ["entry", "modules"], list(result["targets"].items()))
     if result["saved_modules"]:
         console.print_text(f"trained and saved whole: {', '.join(result['saved_modules'])}")
-    memory = [(name, console.show_bytes(size)) for name, size in result["memory_bytes"].items()]
-    console.print_table("memory, estimated", ["part", "size"], memory)
+    _print_memory(result)
     choices = [(key, str(choice["value"]), choice["reason"]) for key, choice in result["choices"].items()]
     console.print_wide_table("decided here", ["key", "value", "why"], choices)
     for note in result["notes"]:
         console.print_text(f"note: {note}")
+
+
+def _print_memory(result: dict[str, Any]) -> None:
+    """What one process holds at most, and what would fit."""
+    memory = [(name, console.show_bytes(size)) for name, size in result["memory_bytes"].items()]
+    console.print_table(f"memory of a process at its peak, in {result['memory_peak']}", ["part", "size"], memory)
+    phases = [f"{name} {console.show_bytes(size)}" for name, size in result["memory_phases"].items()]
+    console.print_text(f"by phase: {', '.join(phases)}")
+    console.print_text(result["memory_from"])
+    if "fit" not in result:
+        return
+    size, proposals = console.show_bytes(result["fit"]["gpu_bytes"]), result["fit"]["proposals"]
+    if not proposals:
+        console.print_text(f"nothing fits into {size}: a smaller model, shorter rows (data.max_length) or more GPUs would")
+    elif not proposals[0]["set"]:
+        console.print_text(f"it fits into {size} as it is: {console.show_bytes(proposals[0]['gpu_bytes'])} of GPU memory")
+    else:
+        rows = [
+            (
+                " ".join(f"--set '{text}'" for text in item["set"]),
+                console.show_bytes(item["gpu_bytes"]),
+                f"x {item['relative_time']}",
+            )
+            for item in proposals
+        ]
+        console.print_wide_table(f"what fits into {size}, the fastest first", ["settings", "GPU memory", "time, roughly"], rows)

@@ -14,9 +14,10 @@ from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.facts import facts_of, write_model_card
-from peftkit.engine.guard import explain_exhaustion
+from peftkit.engine.guard import explain_exhaustion, release
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
+from peftkit.engine.memory import plan_memory
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
 from peftkit.engine.savings import save_memory
 from peftkit.engine.store import initial_state, save_adapter
@@ -24,6 +25,7 @@ from peftkit.engine.stream import Stream
 from peftkit.engine.survey import Survey, survey
 from peftkit.engine.trainer import Trainer
 from peftkit.errors import PeftkitError
+from peftkit.launch import worker_sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, environment, newest_unfinished, write_json, write_text
@@ -93,6 +95,11 @@ def train_and_report(loaded: LoadedRecipe, output: Path | None, resume: bool, as
         console.print_json(result)
         return
     _print_metrics(result["metrics_by_split"], result["metrics_before"])
+    predicted, measured = result["predicted_memory_bytes"], result["peak_memory_bytes"]
+    console.print_text(
+        f"memory at most: {console.show_bytes(measured)}; the plan said {console.show_bytes(predicted)} "
+        f"({predicted / measured - 1:+.0%})"
+    )
     certificate = result["certificate"]
     console.print_text(
         f"certificate passed: after reload into a fresh base, logits differ by at most {certificate['max_abs_diff']:.3g}"
@@ -145,12 +152,23 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
         with uncompiled(model):
             reference = reference_logits(model, runtime, rows, plan.mixed_precision)
         save_adapter(run.adapter_dir, model, tokenizer, facts, untrained, data.renderings)
+        if accelerator.num_processes == 1:
+            release(model, trainer.optimizer.optimizer)
         summary["certificate"] = certify(run.adapter_dir, reference, facts, runtime, rows)
         write_model_card(run.adapter_dir, facts, metrics, summary["certificate"])
+        summary |= _memory(found)
         run.write_status("done", step=trainer.progress.step, summary=summary)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return summary
+
+
+def _memory(found: Survey) -> dict[str, int]:
+    """The most memory that the run took, beside what the plan says: found now, when it keeps nobody waiting for a step."""
+    hardware = found.plan.hardware
+    measured = peak_memory_bytes(hardware.device)
+    planned = plan_memory(found, worker_sharding(hardware.num_processes))
+    return {"peak_memory_bytes": measured, "predicted_memory_bytes": planned.total}
 
 
 def training_context(plan: Plan, tokenizer: Any, runtime: Runtime, data: Data) -> Context:

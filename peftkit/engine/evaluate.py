@@ -47,7 +47,7 @@ def score_examples(
         indices = mine[start : start + batch_size]
         chosen = [examples[index] for index in indices]
         batch = {name: tensor.to(device) for name, tensor in step.runtime.collate(chosen).items()}
-        scores = _scores(step, (call or step)(batch, outputs_only=True), batch, chosen)
+        scores = scores_of(step, (call or step)(batch, outputs_only=True), batch, chosen)
         results += [
             {"index": index, "row": example.origin, **score}
             for index, example, score in zip(indices, chosen, scores, strict=True)
@@ -57,7 +57,8 @@ def score_examples(
     return sorted(gather_object(results) if world > 1 else results, key=lambda result: result["index"])
 
 
-def _scores(step: Step, outputs: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
+def scores_of(step: Step, outputs: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """One small result per example, of what a step gives with `outputs_only`."""
     if step.head is None:
         return step.runtime.score(outputs, batch, examples)
     return step.runtime.score_states(outputs, batch, step.head.logits)

@@ -88,6 +88,10 @@ class Examples(Sequence[Example]):
         """Tokens of the longest window or text of each example (N,)."""
         return self._records.column("length")
 
+    def column(self, name: str) -> np.ndarray:
+        """A number of each example (N,): see `total`."""
+        return self._records.column(name)
+
     def total(self, name: str) -> int:
         """The sum of a number of all examples: `num_input_tokens` that the model reads, `num_target_tokens` that are learned,
         or `num_labels`, places that could be learned where these are tokens.

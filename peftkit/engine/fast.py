@@ -6,9 +6,10 @@ each is compared with the plain way on rows of the run; one that differs is not 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +70,7 @@ def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
     if not plan.recipe.training.fast_paths:
         return FastPaths(rows, by_row, None, False, (), (layout,), attention)
     choices = [layout]
-    head = find_head(model) if plan.task.learns_tokens else None
+    head = find_head(model, plan.hardware.device) if plan.task.learns_tokens else None
     if plan.task.learns_tokens:
         why = "logits at targets alone, a chunk at a time" if head else "the model names no output layer"
         choices.append(Choice("fast: loss", "from hidden states" if head else "whole logits", why))
@@ -187,6 +188,20 @@ def _sound_parts(
     return head
 
 
+@contextlib.contextmanager
+def taken(plan: Plan, model: nn.Module) -> Iterator[FastPaths]:
+    """A model that computes by all ways that its modules allow, unproven, for as long as the context lasts."""
+    paths, base = find_fast_paths(plan, model), base_of_adapted(model)
+    if paths.by_row:
+        base.set_attn_implementation(SEGMENTS)  # type: ignore[operator]
+    for kind, module in paths.fused:
+        fuse(kind, module)
+    try:
+        yield paths
+    finally:
+        paths.leave(model)
+
+
 def _proven_layout(
     paths: FastPaths, model: nn.Module, runtime: Runtime, examples: Sequence[Example], note: Callable[[str], None]
 ) -> RowLayout:
@@ -217,10 +232,10 @@ def proven_head(model: nn.Module, runtime: Runtime, examples: Sequence[Example],
         precision: autocast, in accelerate's words.
         dtype: of the weights.
     """
-    head = find_head(model) if examples else None
+    device = next(model.parameters()).device
+    head = find_head(model, device.type) if examples else None
     if head is None:
         return None
-    device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in runtime.collate(examples[:1]).items()}
     plain = runtime.forward(model, batch)
     return head if _is_same(plain, _tolerance(precision, dtype), _from_states(head, model, runtime, batch)) else None

@@ -104,14 +104,18 @@ class _Norm(torch.autograd.Function):
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return torch.get_autocast_dtype(_device(x)) if torch.is_autocast_enabled(_device(x)) else x.dtype
+
+
+def _device(x: torch.Tensor) -> str:
+    return "cpu" if x.is_meta else x.device.type  # where a run is traced on shapes, autocast is the CPU's
 
 
 def _lora_forward(self: LoraLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     name = self.active_adapters[0]
     others = bool(args or kwargs or self.disable_adapters or self.merged or self.active_adapters != ["default"])
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    same_dtype = torch.is_autocast_enabled(x.device.type) or x.dtype == a.dtype == self.get_base_layer().weight.dtype
+    same_dtype = torch.is_autocast_enabled(_device(x)) or x.dtype == a.dtype == self.get_base_layer().weight.dtype
     if others or not same_dtype:
         output: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return output

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from peftkit.engine.data import Data
 from peftkit.errors import ResourceError
@@ -36,6 +37,13 @@ def explain_exhaustion(plan: Plan, data: Data) -> Iterator[None]:
         raise
 
 
+def release(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let go of the weights of a model and of its optimizer's state: the certificate has the memory to itself."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.grad, tensor.data = None, tensor.data.new_empty(0)
+    optimizer.state.clear()
+
+
 def _memory_text(plan: Plan, data: Data) -> str:
     longest = int(data.sample.lengths.max())
     remedies = []
@@ -45,6 +53,7 @@ def _memory_text(plan: Plan, data: Data) -> str:
         remedies.append("training.gradient_checkpointing: true (a third more time)")
     if plan.dtype == "float32":
         remedies.append("model.dtype: bfloat16 (half the weights)")
+    remedies.append("`peftkit plan RECIPE --fit GPU_GIB` proposes settings for a GPU of that size")
     remedies.append(f"data.max_length below {longest} with data.truncation")
     shape = f"{plan.micro_batch_size} x {longest} tokens"
     return f"out of memory on {plan.hardware.device_name} with micro-batches of up to {shape}. What helps:\n  " + "\n  ".join(

@@ -83,6 +83,11 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def resident_bytes() -> int:
+    """What this process holds in the machine's memory now: libraries, tokenizer, indices of the rows."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory_bytes(device: str) -> int:
     """Most memory that this process has held so far: on the GPU, or resident on the CPU."""
     if device == "cuda":

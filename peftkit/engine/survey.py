@@ -11,12 +11,12 @@ from typing import Any
 from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.data import Data, load_data
 from peftkit.engine.fast import find_fast_paths
-from peftkit.engine.hardware import detect_hardware
+from peftkit.engine.hardware import detect_hardware, resident_bytes
 from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
 from peftkit.engine.prepare import Model
 from peftkit.engine.quantizing import settle_quantization
 from peftkit.errors import Problem, RecipeError
-from peftkit.plan import Choice, Plan, make_plan
+from peftkit.plan import Choice, Hardware, Plan, make_plan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.fit import model_kind
 from peftkit.tasks.chat import freeze_date, is_default_template, says_date, template_variables
@@ -24,26 +24,42 @@ from peftkit.tasks.chat import freeze_date, is_default_template, says_date, temp
 
 @dataclass(frozen=True)
 class Survey:
-    """Everything about a run that is known before a weight is loaded."""
+    """Everything about a run that is known before a weight is loaded.
+
+    Attributes:
+        plan: the recipe, decided.
+        tokenizer: the model's.
+        data: the rows, encoded.
+        blueprint: the model with its adapter, by shape.
+        resident_bytes: what the process holds in the machine's memory by then.
+    """
 
     plan: Plan
     tokenizer: Any
     data: Data
     blueprint: Blueprint
+    resident_bytes: int = 0
 
 
-def survey(loaded: LoadedRecipe, *, date: str | None = None, on_row: Callable[[], None] = lambda: None) -> Survey:
+def survey(
+    loaded: LoadedRecipe,
+    *,
+    date: str | None = None,
+    on_row: Callable[[], None] = lambda: None,
+    hardware: Hardware | None = None,
+) -> Survey:
     """Decide, read and encode the rows, draw the model on the meta device.
 
     Args:
         loaded: the recipe.
+        hardware: what to decide for; default: this machine.
         date: the day (ISO) that a chat template may write; default: today.
         on_row: told of every row that is encoded.
 
     Raises:
         RecipeError, DataError, LoadError: what would stop the run.
     """
-    plan = make_plan(loaded, detect_hardware())
+    plan = make_plan(loaded, hardware or detect_hardware())
     model = find_model_facts(plan, date)
     plan = settle_quantization(plan)
     data = load_data(plan, model, on_row=on_row)
@@ -53,7 +69,7 @@ def survey(loaded: LoadedRecipe, *, date: str | None = None, on_row: Callable[[]
     blueprint = draw_blueprint(plan, data.encoding.num_outputs, model.tokenizer)
     paths = find_fast_paths(plan, blueprint.model)
     plan = dataclasses.replace(plan, rows=paths.rows, choices=(*plan.choices, *paths.choices))
-    return Survey(plan, model.tokenizer, data, blueprint)
+    return Survey(plan, model.tokenizer, data, blueprint, resident_bytes())
 
 
 def _has_conversations(data: Data) -> bool:

@@ -29,6 +29,7 @@ class Head:
     Attributes:
         module: its output layer, adapted or not.
         num_logits: size of the vocabulary.
+        device: type of the device that computes.
         softcap: logits are cap * tanh(logits / cap) in the end (Gemma).
         scale: what they are multiplied by before (Cohere; Granite divides).
         bias: what is added to the layer's output before that (BART), (1, V).
@@ -36,6 +37,7 @@ class Head:
 
     module: nn.Module
     num_logits: int
+    device: str = "cpu"
     softcap: float | None = None
     scale: float | None = None
     bias: torch.Tensor | None = None
@@ -61,9 +63,10 @@ class Head:
             raise ValueError(f"the output layer was used {len(seen)} times")
         return seen[0]
 
-    def chunk_size(self, device: str) -> int:
+    @property
+    def chunk_size(self) -> int:
         """Hidden states whose logits are computed together."""
-        return max(16, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * self.num_logits))
+        return max(16, _CHUNK_BYTES.get(self.device, _CHUNK_BYTES["cuda"]) // (4 * self.num_logits))
 
 
 @contextlib.contextmanager
@@ -85,7 +88,7 @@ def _replaced(module: nn.Module, seen: list[torch.Tensor]) -> Iterator[None]:
             module.forward = own
 
 
-def find_head(model: Any) -> Head | None:
+def find_head(model: Any, device: str = "cpu") -> Head | None:
     """The output layer of a language model, adapted or not, and what the model does to its logits; None where it has none.
 
     The latter is told from config and buffers, as the models of transformers 5.23 use them: it has to be tried.
@@ -99,6 +102,7 @@ def find_head(model: Any) -> Head | None:
     return Head(
         module,
         config.vocab_size,
+        device,
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale if isinstance(scale, float | int) else 1 / divisor if divisor else None,
         bias=getattr(base, "final_logits_bias", None),
@@ -146,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
         *trained: torch.Tensor,
     ) -> torch.Tensor:
         """The loss; gradients are computed here, chunk by chunk, and scaled in the backward pass."""
-        size = head.chunk_size(states.device.type)
+        size = head.chunk_size
         total = torch.zeros((), device=states.device)
         of_states, of_trained = torch.empty_like(states), [torch.zeros_like(parameter) for parameter in trained]
         for start in range(0, len(states), size):

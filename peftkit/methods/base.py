@@ -66,6 +66,8 @@ class Method:
         trains: for `subset`: whether a parameter of this name is trained; the task's head always is.
         stands_alone: whether the saved folder is a whole model.
         to_lora: whether PEFT can approximate its updates by a LoRA's.
+        weight_copies: for methods with `trained_shapes`: how many copies of the weights that it goes into are held for the
+            backward pass.
         trained_shapes: (section, in_features, out_features, has a bias) -> shapes trained in one layer, for methods that PEFT
             cannot build on the meta device.
         shared_shapes: shapes that such a method trains once for the whole model.
@@ -128,6 +130,7 @@ class Method:
     trains: Callable[[str], bool] = lambda name: False
     stands_alone: bool = False
     to_lora: bool = False
+    weight_copies: int = 0
     trained_shapes: Callable[[Any, int, int, bool], list[tuple[int, ...]]] | None = None
     shared_shapes: Callable[[Any], list[tuple[int, ...]]] = lambda section: []
     needs_whole_weights: bool = False

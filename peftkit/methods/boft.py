@@ -75,6 +75,7 @@ BOFT = Method(
     },
     check=_check,
     fits=_fits,
+    weight_copies=3,
     trained_shapes=_shapes,
     no_decay=("boft_s",),
 )

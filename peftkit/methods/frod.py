@@ -68,5 +68,6 @@ FROD = Method(
     other_defaults={"progressbar": "only our console prints"},
     check=check_targets,
     fits=_fits,
+    weight_copies=2,
     trained_shapes=_shapes,
 )

@@ -54,5 +54,6 @@ SHIRA = Method(
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},
     check=check_targets,
     fits=_fits,
+    weight_copies=2,
     trained_shapes=_shapes,
 )
