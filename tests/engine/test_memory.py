@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from peftkit.engine import memory
+from peftkit.engine.fit import HOLES
 from peftkit.engine.heap import heap_peak
 from peftkit.engine.memory import MemoryPlan, plan_memory
 from peftkit.engine.optim import build_optimizer
@@ -94,8 +95,14 @@ def test_processes_share_what_their_launch_says(sharding: Sharding, parts: tuple
     [
         ({"distributed_type": "MULTI_GPU", "num_processes": 4}, Sharding(4, "ddp")),
         ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 2}}, Sharding(2, "fsdp")),
-        ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_sharding_strategy": "SHARD_GRAD_OP"}}, Sharding(2, "zero2")),
-        ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_offload_params": True}}, Sharding(2, "fsdp", True, True)),
+        (
+            {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_sharding_strategy": "SHARD_GRAD_OP"}},
+            Sharding(2, "zero2"),
+        ),
+        (
+            {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_offload_params": True}},
+            Sharding(2, "fsdp", True, True),
+        ),
         ({"distributed_type": "DEEPSPEED", "num_processes": 8, "deepspeed_config": {"zero_stage": 3}}, Sharding(8, "zero3")),
         (
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "offload_optimizer_device": "cpu"}},
@@ -216,10 +223,10 @@ def test_fit_says_when_nothing_fits(cli: Cli, write_recipe: Any, lm_recipe: dict
 
 def test_fit_proposes_settings_that_fit_the_fastest_first(cli: Cli, tmp_path: Path, models_dir: Path) -> None:
     training = {"micro_batch_size": 16, "batch_size": 16, "max_steps": 1}
-    recipe = tiny_recipe("SEQ_CLS", models_dir, tmp_path, data={"train": str(write_jsonl(tmp_path / "l.jsonl", label_rows(24)))},
-                         training=training)  # fmt: skip
+    rows = {"train": str(write_jsonl(tmp_path / "l.jsonl", label_rows(24)))}
+    recipe = tiny_recipe("SEQ_CLS", models_dir, tmp_path, data=rows, training=training)
     as_it_is = cli("plan", recipe, "--fit", 24, "--json").json["memory_bytes"]["total"]
-    gib = (as_it_is * 1.08 * 0.99 + 512 * 2**20) / 2**30
+    gib = (as_it_is * HOLES * 0.99 + 512 * 2**20) / 2**30
     found = cli("plan", recipe, "--fit", gib, "--json").json["fit"]
     times = [proposal["relative_time"] for proposal in found["proposals"]]
     assert found["proposals"][0]["set"]
@@ -229,7 +236,10 @@ def test_fit_proposes_settings_that_fit_the_fastest_first(cli: Cli, tmp_path: Pa
     assert cli("plan", recipe, "--fit", gib, "--json", *settings).json["fit"]["proposals"][0]["set"] == []
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(["--fit", "0"], "--fit"), (["--fit", "much"], "--fit"), (["--launch", "no.yaml"], "no file")])
+WRONG_OPTIONS = [(["--fit", "0"], "--fit"), (["--fit", "much"], "--fit"), (["--launch", "no.yaml"], "no file")]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_OPTIONS)
 def test_wrong_options_of_plan_are_usage_errors(
     cli: Cli, write_recipe: Any, lm_recipe: dict[str, Any], arguments: list[str], words: str
 ) -> None:
