@@ -100,9 +100,12 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
     if on_cpu:
         yield "loading", fixed | {"overhead": overhead + stored_bytes(base_of(plan), plan.dtype)}
     training = fixed | {"optimizer": size.optimizer, "overhead": overhead + size.buckets}
-    yield "training", training | {"gradients": size.gradient_share(held.gradients), "activations": held.activations} | {
-        "fragmentation": held.fragmentation
-    }
+    yield (
+        "training",
+        training
+        | {"gradients": size.gradient_share(held.gradients), "activations": held.activations}
+        | {"fragmentation": held.fragmentation},
+    )
     yield "optimizer", training | {"gradients": size.gradients, "activations": size.step_scratch}
     logits = _certificate_bytes(found, runtime)
     if evaluated := _evaluation(found, runtime):
