@@ -53,10 +53,8 @@ def recipe(task: str, model: str, adapter: Recipe, words: int, training: Recipe,
     """A recipe of three steps on rows of up to so many words."""
     steps = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-4}
     sections = {"max_length": 1024 if model != "bert" else 480, "truncation": "right", "cache": False}
-    return {
-        "task": task, "model": {"name_or_path": model}, "adapter": adapter, "data": sections | data, "training": steps | training,
-        "words": words,
-    }  # fmt: skip
+    source = {"task": task, "model": {"name_or_path": model}, "adapter": adapter, "words": words}
+    return source | {"data": sections | data, "training": steps | training}
 
 
 LORA = {"method": "lora", "r": 16, "target_modules": "all-linear"}

@@ -1,8 +1,8 @@
 """What glibc's allocator makes of a pass on the CPU: how much larger its heap grows than what is in use.
 
-torch asks for blocks that begin at multiples of 64 bytes. glibc (2.36) cuts each out of a larger free piece and so needs a little
-more than the block: a block that was freed is too small for the next of its size. The crumbs go to small objects, which keep
-freed neighbours from becoming one piece for as long as they live. How many of them do is not known; `_WALLS` was found by
+torch asks for blocks that begin at multiples of 64 bytes. glibc (2.36) cuts each out of a larger free piece and so needs a
+little more than the block: a block that was freed is too small for the next of its size. The crumbs go to small objects, which
+keep freed neighbours from becoming one piece for as long as they live. How many of them do is not known; `_WALLS` was found by
 comparing with measured runs (docs/memory.md).
 """
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -44,6 +44,7 @@ from tests.contracts.test_packing_types import (
 from tests.contracts.tiny_models import save_tiny_model
 
 sizes = st.integers(1, 60)
+slow_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def first_fit(lengths: list[int], capacity: int) -> int:
@@ -58,18 +59,21 @@ def first_fit(lengths: list[int], capacity: int) -> int:
     return len(rooms)
 
 
+@slow_machine
 @given(st.lists(sizes, max_size=80), sizes)
 def test_every_row_is_in_one_pack(lengths: list[int], capacity: int) -> None:
     packs = best_fit(lengths, capacity)
     assert sorted(row for pack in packs for row in pack) == list(range(len(lengths)))
 
 
+@slow_machine
 @given(st.lists(sizes, max_size=80), sizes)
 def test_a_pack_of_several_rows_keeps_to_the_capacity(lengths: list[int], capacity: int) -> None:
     for pack in best_fit(lengths, capacity):
         assert sum(lengths[row] for row in pack) <= capacity or len(pack) == 1
 
 
+@slow_machine
 @given(st.lists(sizes, max_size=80), sizes)
 def test_packs_and_their_rows_are_in_order(lengths: list[int], capacity: int) -> None:
     packs = best_fit(lengths, capacity)
@@ -77,12 +81,14 @@ def test_packs_and_their_rows_are_in_order(lengths: list[int], capacity: int) ->
     assert [pack[0] for pack in packs] == sorted(pack[0] for pack in packs)
 
 
+@slow_machine
 @given(st.lists(sizes, max_size=80), sizes)
 def test_no_two_packs_would_fit_into_one(lengths: list[int], capacity: int) -> None:
     fills = sorted(sum(lengths[row] for row in pack) for pack in best_fit(lengths, capacity))
     assert len(fills) < 2 or fills[0] + fills[1] > capacity
 
 
+@slow_machine
 @given(st.lists(st.integers(1, 12), max_size=40), st.integers(12, 30))
 def test_each_row_goes_to_the_fullest_pack_with_room_for_it(lengths: list[int], capacity: int) -> None:
     fills: list[int] = []

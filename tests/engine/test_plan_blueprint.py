@@ -379,9 +379,8 @@ def test_the_plan_for_people_names_the_choices(cli: Any, write_recipe: Any, lm_r
     result = cli("plan", write_recipe(lm_recipe))
     assert result.code == 0
     assert result.out.startswith("trainable params: 896 || all params: 38688 || trainable%: 2.3160\n")
-    assert all(
-        word in result.out for word in ("q_proj", "model.dtype", "memory of a process at its peak", "target_tokens_per_epoch")
-    )
+    words = ("q_proj", "model.dtype", "memory of a process at its peak", "target_tokens_per_epoch")
+    assert all(word in result.out for word in words)
 
 
 def test_max_length_beyond_the_models_positions_is_refused(cli: Any, write_recipe: Any, cls_recipe: Any) -> None:
