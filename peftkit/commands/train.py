@@ -122,8 +122,7 @@ def _print_metrics(after: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[str, Any]:
     plan, tokenizer, data = found.plan, found.tokenizer, found.data
-    base = base_of(plan)
-    base_model, missing = load_base_model(base, data.encoding)
+    base_model, missing = load_base_model(base_of(plan), data.encoding)
     set_pad_token(base_model, tokenizer)
     runtime = plan.task.runtime(tokenizer, data.encoding)
     context = training_context(plan, tokenizer, runtime, data)
@@ -146,21 +145,28 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     if report := hook(plan.method, "report"):
         summary["adapter"] = report(model)
     if accelerator.is_main_process:
-        facts = facts_of(plan, base.path, data.encoding, data.formats[0])
-        rows = data.held_out.get("validation", data.sample)[:NUM_ROWS]
-        trainer.paths.leave(model)  # the proof is about the plain model
-        with uncompiled(model):
-            reference = reference_logits(model, runtime, rows, plan.mixed_precision)
-        save_adapter(run.adapter_dir, model, tokenizer, facts, untrained, data.renderings)
-        if accelerator.num_processes == 1:
-            release(model, trainer.optimizer.optimizer)
-        summary["certificate"] = certify(run.adapter_dir, reference, facts, runtime, rows)
-        write_model_card(run.adapter_dir, facts, metrics, summary["certificate"])
+        summary["certificate"] = _save_and_certify(found, trainer, untrained, metrics)
         summary |= _memory(found)
         run.write_status("done", step=trainer.progress.step, summary=summary)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return summary
+
+
+def _save_and_certify(found: Survey, trainer: Trainer, untrained: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Write the adapter folder; returns its certificate."""
+    plan, data, model, folder = found.plan, found.data, trainer.model, trainer.run.adapter_dir
+    facts = facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
+    rows = data.held_out.get("validation", data.sample)[:NUM_ROWS]
+    trainer.paths.leave(model)  # the proof is about the plain model
+    with uncompiled(model):
+        reference = reference_logits(model, trainer.runtime, rows, plan.mixed_precision)
+    save_adapter(folder, model, found.tokenizer, facts, untrained, data.renderings)
+    if trainer.accelerator.num_processes == 1:
+        release(model, trainer.optimizer.optimizer)
+    certificate = certify(folder, reference, facts, trainer.runtime, rows)
+    write_model_card(folder, facts, metrics, certificate)
+    return certificate
 
 
 def _memory(found: Survey) -> dict[str, int]:

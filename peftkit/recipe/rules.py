@@ -21,7 +21,6 @@ from peftkit.recipe.data_rules import check_data
 from peftkit.recipe.findings import Finding, written
 from peftkit.recipe.fit import check_fit, read_config
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_path, looks_local, places_text
-from peftkit.recipe.quantization import check_quantization
 from peftkit.recipe.schema import Recipe
 from peftkit.tasks import TASKS, keys_of_others
 from peftkit.tasks.encoding import EmbeddingSettings, Encoding, SpanSettings
@@ -43,7 +42,7 @@ def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[
     yield from _adapter(recipe, recipe_dir)
     config = read_config(recipe, recipe_dir)
     yield from check_fit(recipe, config)
-    yield from check_quantization(recipe, config)
+    yield from _quantization(recipe, config)
     yield from _packing(recipe, config)
     yield from _model(recipe, recipe_dir)
     yield from _training(recipe)
@@ -56,6 +55,14 @@ def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[
     for tracker in recipe.output.report_to:
         if importlib.util.find_spec(_TRACKER_MODULES[tracker]) is None:
             yield "output.report_to", f"`{tracker}` is not installed; `pip install {tracker}` adds it", 2
+
+
+def _quantization(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Finding]:
+    if recipe.model.quantization is None and "quantization_config" not in config:
+        return
+    from peftkit.recipe.quantization import check_quantization  # its rules are read where weights are quantised
+
+    yield from check_quantization(recipe, config)
 
 
 def _packing(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Finding]:
