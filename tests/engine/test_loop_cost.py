@@ -38,7 +38,7 @@ def trainer(models_dir: Path, tmp_path: Path) -> Trainer:
 
 def own_steps(trainer: Trainer) -> None:
     for _ in range(STEPS):
-        trainer._one_step()
+        trainer._one_step(trainer._prepare)
 
 
 def bare_steps(trainer: Trainer) -> None:
