@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,3 +254,11 @@ def test_train_tells_predicted_beside_measured(cli: Cli, models_dir: Path, tmp_p
     status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert status["summary"]["predicted_memory_bytes"] == summary["predicted_memory_bytes"]
     assert "memory at most: " in cli("train", recipe, "--output", tmp_path / "again").out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells it in another way")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    ballast = b"1" * 2**30
+    code = "from peftkit.engine.hardware import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 2**26 < int(ran.stdout) < len(ballast)
