@@ -24,6 +24,7 @@ from peftkit.tasks import TASKS
 from peftkit.tasks.example import Example, Runtime
 
 NUM_ROWS = 8
+_LOGITS_KEPT = 2**22  # of a row: two models' logits are held beside each other
 # Largest difference of a logit over the largest logit. Reloading is exact in practice; these bounds allow for another order
 # of summation, and for one rounding step of the adapter's product in 16 bits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
@@ -33,15 +34,22 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 def reference_logits(
     model: nn.Module, runtime: Runtime, examples: Sequence[Example], precision: str = "no"
 ) -> list[torch.Tensor]:
-    """Logits of each example alone (no padding), on the CPU in float32."""
+    """Logits of each example alone (no padding), on the CPU in float32; of a long row at positions spread over it."""
     device = next(model.parameters()).device
     model.eval()
     logits = []
     for example in examples:
         batch = {name: tensor.to(device) for name, tensor in runtime.collate([example]).items()}
         with autocast(device.type, precision):
-            logits.append(runtime.forward(model, batch).float().cpu())
+            whole = runtime.forward(model, batch)
+        logits.append(whole[:, kept_positions(*whole.shape[1:])].float().cpu() if whole.dim() == 3 else whole.float().cpu())
     return logits
+
+
+def kept_positions(length: int, num_logits: int) -> list[int]:
+    """Positions of a row whose logits are compared: all, or where those are too many some at equal distances, the last too."""
+    number = min(length, max(2, _LOGITS_KEPT // num_logits))
+    return [round(place * (length - 1) / max(1, number - 1)) for place in range(number)]
 
 
 def largest_difference(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:

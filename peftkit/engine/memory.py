@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.blueprint import draw_blueprint
-from peftkit.engine.certify import NUM_ROWS
+from peftkit.engine.certify import NUM_ROWS, kept_positions
 from peftkit.engine.evaluate import scores_of
 from peftkit.engine.fast import taken, without_mask
 from peftkit.engine.hardware import autocast
@@ -306,7 +306,8 @@ def _certificate_bytes(found: Survey, runtime: Runtime) -> int:
     rows = found.data.held_out.get("validation", found.data.sample)[:NUM_ROWS]
     config: Any = found.blueprint.config.get_text_config()
     lengths = [len(row.labels) for row in rows]
-    return 4 * config.vocab_size * (2 * sum(lengths) + max(lengths))
+    kept = sum(len(kept_positions(length, config.vocab_size)) for length in lengths)
+    return 4 * config.vocab_size * (2 * kept + max(lengths))
 
 
 def _lora_twin(found: Survey) -> Survey:

@@ -18,8 +18,10 @@ from torch import nn
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.tasks.example import IGNORE_INDEX
 
-# Bytes of a chunk's logits in float32: on the CPU they should stay in its cache, on a GPU the product should be worth a launch.
-_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+# A chunk's hidden states on the CPU. Each chunk reads the whole output layer twice: with fewer rows that shows (32 rows of
+# 128,000 logits took 1.36 times as long as 256, 128 rows 1.08 times).
+_CPU_ROWS = 256
+_GPU_BYTES = 512 * 2**20  # of a chunk's logits in float32: its products should be worth a launch
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Head:
     @property
     def chunk_size(self) -> int:
         """Hidden states whose logits are computed together."""
-        return max(16, _CHUNK_BYTES.get(self.device, _CHUNK_BYTES["cuda"]) // (4 * self.num_logits))
+        return _CPU_ROWS if self.device == "cpu" else max(16, _GPU_BYTES // (4 * self.num_logits))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from peftkit.engine.certify import certify, reference_logits
+from peftkit.engine import certify as certify_module
+from peftkit.engine.certify import certify, kept_positions, reference_logits
 from peftkit.engine.loaded import load_adapter
 from peftkit.errors import CertificateError
 from tests.conftest import tiny_tokenizer
@@ -315,3 +316,21 @@ def test_the_run_keeps_its_certificate(certified: Any) -> None:
     summary = json.loads((folder.parent / "status.json").read_text())["summary"]
     assert set(summary["certificate"]) == {"max_abs_diff", "tolerance", "num_rows", "passed"}
     assert "certificate: largest difference of logits after reload" in (folder / "README.md").read_text()
+
+
+def test_of_long_rows_some_positions_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kept_positions(5, 300) == [0, 1, 2, 3, 4]
+    assert kept_positions(1, 2**30) == [0]
+    monkeypatch.setattr(certify_module, "_LOGITS_KEPT", 1200)
+    assert kept_positions(10, 300) == [0, 3, 6, 9]
+    assert kept_positions(10, 10_000) == [0, 9]
+
+
+def test_a_certificate_from_some_positions_finds_what_is_wrong(
+    certified: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify_module, "_LOGITS_KEPT", 600)
+    folder = certified("CAUSAL_LM", "lora")
+    assert certify_copy(folder, tmp_path / "same", lambda state: None)["passed"]
+    with pytest.raises(CertificateError, match="reloaded logits differ"):
+        certify_copy(folder, tmp_path / "other", set_first("lora_B", torch.tensor(9.0)))
