@@ -18,7 +18,7 @@ from torch import nn
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.certify import TOLERANCE
-from peftkit.engine.fused import fusable, fuse, separate
+from peftkit.engine.fused import fusable, fuse, separate, stirred
 from peftkit.engine.hardware import autocast
 from peftkit.engine.packing import prove_packing, untouched
 from peftkit.engine.segments import SEGMENTS
@@ -29,7 +29,7 @@ from peftkit.recipe.packing import packs_by, why_not_packed
 from peftkit.tasks.example import Batch, Example, Runtime
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError, NotImplementedError)
-_MOST_TOKENS = 16
+_LENGTHS = (16, 11, 6)  # of rows that ways are proven on: with padding, few logits
 _COMPUTED = {"no": "", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -74,7 +74,7 @@ def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
     if plan.task.learns_tokens:
         why = "logits at targets alone, a chunk at a time" if head else "the model names no output layer"
         choices.append(Choice("fast: loss", "from hidden states" if head else "whole logits", why))
-    drops_mask = rows == "padded" and plan.task.packs
+    drops_mask = rows == "padded" and _sees_no_padding(plan)
     if drops_mask:
         choices.append(Choice("fast: mask", "none", "what a causal model sees of a row never lies behind it, in the padding"))
     training = plan.recipe.training
@@ -87,6 +87,11 @@ def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in fused).items())
         choices.append(Choice("fast: layers", kinds, "in fewer passes over memory, with less kept for the backward pass"))
     return FastPaths(rows, by_row, head, drops_mask, fused, tuple(choices), attention)
+
+
+def _sees_no_padding(plan: Plan) -> bool:
+    """Whether rows padded on the right need no mask; tried on the model where it has weights."""
+    return plan.recipe.training.fast_paths and plan.task.packs and not plan.method.rows_interact
 
 
 def _row_layout(plan: Plan, model: nn.Module) -> tuple[RowLayout, bool, Choice]:
@@ -103,6 +108,8 @@ def _row_layout(plan: Plan, model: nn.Module) -> tuple[RowLayout, bool, Choice]:
     kernel = "attention runs on one row after the other" if by_row else f"{attention} takes rows of any length"
     if packing is True:
         return "packed", by_row, Choice("data.packing", True, kernel if by_row or one_sequence else "a mask keeps rows apart")
+    if training.neftune_noise_alpha is not None:
+        return "padded", False, Choice("data.packing", False, "NEFTune's noise depends on the length of a padded batch")
     if packing == "auto" and (by_row or one_sequence):
         return "end_to_end", by_row, Choice("data.packing", "rows of a pass end to end", f"no padding; {kernel}")
     reason = why or (
@@ -141,14 +148,18 @@ def take_fast_paths(
     Raises:
         RecipeError: the recipe asks for packed rows, and the model does not keep them apart.
     """
-    paths = find_fast_paths(plan, model)
-    paths = replace(paths, rows=_proven_layout(paths, model, runtime, examples, note))
+    paths, device = find_fast_paths(plan, model), next(model.parameters()).device
+    with autocast(device.type, plan.mixed_precision):
+        rows = _proven_layout(paths, model, runtime, examples, note)
+    if rows != paths.rows:
+        paths = replace(paths, rows=rows, by_row=False, drops_mask=_sees_no_padding(plan))
     if paths.head is None and not paths.fused and not paths.drops_mask:
         return paths
-    device = next(model.parameters()).device
-    cut = [_cut(example) for example in examples] if plan.task.packs else examples
+    cut = (
+        [_cut(example, _LENGTHS[place % 3]) for place, example in enumerate(examples)] if plan.task.learns_tokens else examples
+    )
     batch = {name: tensor.to(device) for name, tensor in runtime.collate(cut).items()}
-    with untouched(model), autocast(device.type, plan.mixed_precision):
+    with untouched(model), autocast(device.type, plan.mixed_precision), stirred(paths.fused):
         plain = runtime.forward(model, batch)
         same = functools.partial(_is_same, plain, _tolerance(plan.mixed_precision, plan.dtype))
         for kind, module in paths.fused:
@@ -236,7 +247,7 @@ def proven_head(model: nn.Module, runtime: Runtime, examples: Sequence[Example],
     head = find_head(model, device.type) if examples else None
     if head is None:
         return None
-    batch = {name: tensor.to(device) for name, tensor in runtime.collate(examples[:1]).items()}
+    batch = {name: tensor.to(device) for name, tensor in runtime.collate([_cut(examples[0], _LENGTHS[0])]).items()}
     plain = runtime.forward(model, batch)
     return head if _is_same(plain, _tolerance(precision, dtype), _from_states(head, model, runtime, batch)) else None
 
@@ -250,11 +261,11 @@ def without_mask(batch: Batch) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
 
 
-def _cut(example: Example) -> Example:
+def _cut(example: Example, length: int) -> Example:
     """The first tokens of a row."""
-    inputs = {name: values[:_MOST_TOKENS] for name, values in example.inputs.items()}
-    weights = example.weights[:_MOST_TOKENS] if example.weights else None
-    return replace(example, inputs=inputs, labels=example.labels[:_MOST_TOKENS], weights=weights)
+    inputs = {name: values[:length] for name, values in example.inputs.items()}
+    weights = example.weights[:length] if example.weights else None
+    return replace(example, inputs=inputs, labels=example.labels[:length], weights=weights)
 
 
 def _from_states(head: Head, model: nn.Module, runtime: Runtime, batch: Batch) -> torch.Tensor | None:

@@ -7,11 +7,12 @@ formula that is replaced; all else stays as it is.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class _Lora(torch.autograd.Function):
         output = nn.functional.linear(rows, base.weight.to(dtype), bias)
         inner = rows @ a.to(dtype).t()  # (N, r)
         output.addmm_(inner, b.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(rows, base.weight, a, b, inner)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, base.weight, a, b, inner)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         return output.view(*x.shape[:-1], -1)
 
@@ -54,12 +55,12 @@ class _Lora(torch.autograd.Function):
         dtype = gradient.dtype
         through_b = gradient @ b.to(dtype)  # (N, r)
         of_b = (gradient.t() @ inner.to(dtype)).mul_(ctx.scale)
-        of_a = (through_b.t() @ rows.to(dtype)).mul_(ctx.scale)
+        of_a = None if rows is None else (through_b.t() @ rows.to(dtype)).mul_(ctx.scale).to(a.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ weight.to(dtype)).addmm_(through_b, a.to(dtype), alpha=ctx.scale)
             of_x = of_x.view(ctx.shape).to(ctx.dtype)
-        return of_x, None, of_a.to(a.dtype), of_b.to(b.dtype), None
+        return of_x, None, of_a, of_b.to(b.dtype), None
 
 
 class _Gate(torch.autograd.Function):
@@ -143,7 +144,7 @@ def fusable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for module in model.modules():
         if type(module) is LoraLinear and _is_plain_lora(module):
             yield "LoRA layers", module
-        elif _says(type(module), _GATED) and not list(module.act_fn.parameters()):  # type: ignore[union-attr]
+        elif _says(type(module), _GATED) and isinstance(module.act_fn, nn.Module) and not list(module.act_fn.parameters()):
             yield "gated feed-forward blocks", module
         elif _says(type(module), (_NORM,)) and not module.weight.requires_grad:
             yield "RMS norms", module
@@ -157,6 +158,22 @@ def fuse(kind: str, module: nn.Module) -> None:
 def separate(module: nn.Module) -> None:
     """Give it its own forward back."""
     module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def stirred(fused: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+    """LoRA layers whose B is still zero have small random numbers there meanwhile: with zeros a wrong update would not show."""
+    layers = [module for kind, module in fused if kind == "LoRA layers"]
+    weights = [module.lora_B["default"].weight for module in layers]  # type: ignore[index, union-attr]
+    zeros = [weight for weight in weights if not weight.any()]
+    with torch.no_grad():
+        for weight in zeros:
+            nn.init.normal_(weight, std=0.02)
+        try:
+            yield
+        finally:
+            for weight in zeros:
+                weight.zero_()
 
 
 def _is_plain_lora(layer: LoraLinear) -> bool:

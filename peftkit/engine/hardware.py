@@ -59,7 +59,8 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     AcceleratorState._reset_state()
     unused = plan.method.skips_parameters(plan.recipe.adapter)
     accelerator = Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        # A process without rows to evaluate makes no forward pass, and would leave others waiting to share buffers.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
         mixed_precision=plan.mixed_precision,
         cpu=plan.hardware.device == "cpu",
         log_with=list(trackers) or None,

@@ -135,9 +135,9 @@ def prove_packing(model: nn.Module, rows: Sequence[Sequence[int]], forward: Forw
     chosen = _probes(rows)
     orders = [[*range(first, len(chosen)), *range(first)] for first in range(len(chosen))]
     with untouched(model):
-        alone = [_logits(model, forward, {"input_ids": torch.tensor([row], device=device)})[0] for row in chosen]
-        batch = for_model(_packed(chosen, orders, device), model, way)
         try:
+            alone = [_logits(model, forward, {"input_ids": torch.tensor([row], device=device)})[0] for row in chosen]
+            batch = for_model(_packed(chosen, orders, device), model, way)
             logits = _logits(model, forward, batch)
         except torch.OutOfMemoryError:
             raise

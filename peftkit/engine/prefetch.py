@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from peftkit.tasks.example import Batch
 
 T = TypeVar("T")
-_Item = tuple[int, T | None, BaseException | None]
 
 
 class Prefetcher(Generic[T]):
@@ -30,12 +28,11 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, prepare: Callable[[int], T], first: int, last: int, ahead: int = 2) -> None:
-        self._prepare, self._next, self._last = prepare, first, last
-        self._ready: queue.Queue[_Item[T]] = queue.Queue(ahead)
-        self._stopped = threading.Event()
-        # A daemon: where the process ends by an error elsewhere, it does not wait for this thread.
-        self._thread = threading.Thread(target=self._work, args=(first,), name="peftkit-prefetch", daemon=True)
-        self._thread.start()
+        self._prepare, self._steps = prepare, iter(range(first, last))
+        self._thread = ThreadPoolExecutor(1, "peftkit-prefetch")
+        self._ready: deque[tuple[int, Future[T]]] = deque()
+        for _ in range(ahead):
+            self._submit()
 
     def get(self, step: int) -> T:
         """What `prepare` gives for a step; steps are asked for in order, each once.
@@ -43,43 +40,20 @@ class Prefetcher(Generic[T]):
         Raises:
             whatever `prepare` raised for it.
         """
-        assert step == self._next < self._last, f"step {step} is not the next one, {self._next} of {self._last}"
-        _, result, error = self._ready.get()
-        self._next += 1
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
+        due, result = self._ready.popleft()
+        assert step == due, f"step {step} is not the next one, {due}"
+        self._submit()
+        return result.result()
 
-    def stop(self) -> None:
-        """End the thread; what lies ready is dropped."""
-        self._stopped.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._ready.get_nowait()
-        self._thread.join()
+    def _submit(self) -> None:
+        if (step := next(self._steps, None)) is not None:
+            self._ready.append((step, self._thread.submit(self._prepare, step)))
 
     def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def _work(self, first: int) -> None:
-        for step in range(first, self._last):
-            if self._stopped.is_set():
-                return
-            try:
-                item: _Item[T] = (step, self._prepare(step), None)
-            except BaseException as error:
-                self._put((step, None, error))
-                return
-            self._put(item)
-
-    def _put(self, item: _Item[T]) -> None:
-        while not self._stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                self._ready.put(item, timeout=0.1)
-                return
+        self._thread.shutdown(cancel_futures=True)
 
 
 def pinned(batch: Batch) -> Batch:

@@ -24,7 +24,7 @@ Checkpointing = bool | Literal["selective"] | int
 MIN_OFFLOADED_BYTES = 2**20  # smaller tensors cost more by the start of a copy than they free
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten.baddbmm.default: 1}
-_DEAR = ("attention", "flash_attn", "grouped_mm", "int8_scaled_mm")  # parts of names, of other libraries too
+_DEAR = ("attention", "flash_attn", "varlen_attn", "grouped_mm", "int8_scaled_mm")  # parts of names, of other libraries too
 # A product this much wider than what it sums over costs little to make again for the memory that it takes: lora_B's.
 _CHEAP_RATIO = 8
 

@@ -66,8 +66,10 @@ def segments_attention(
         mask = _additive(attention_mask, query, key) if additive else attention_mask
         return attend(module, query, key, value, mask, dropout=dropout, **options)
     window, *lengths = attention_mask.flatten().tolist()
-    if _has_kernel_of_rows(query, dropout, additive):
-        return _all_rows(query, key, value, lengths, window, options.get("scaling")), None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    if not dropout and not additive and _has_kernel_of_rows(query, value, dtype):
+        states = [part.to(dtype) for part in (query, key, value)]  # autocast does not know the kernel
+        return _all_rows(states, lengths, window, options.get("scaling")), None
     outputs = []
     for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
         mask = _banded(q, window) if 0 < window < q.shape[2] else None
@@ -76,19 +78,20 @@ def segments_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def _has_kernel_of_rows(query: torch.Tensor, dropout: float, additive: bool) -> bool:
-    """Whether torch's flash attention for rows of different lengths takes these: CUDA and 16 bits."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and not additive
+def _has_kernel_of_rows(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention for rows of different lengths takes these: 16 bits, Ampere or newer, small heads."""
+    size = query.shape[-1]
+    if not query.is_cuda or dtype not in (torch.bfloat16, torch.float16) or size != value.shape[-1]:
+        return False
+    return size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _all_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], window: int, scale: float | None
-) -> torch.Tensor:
-    """All rows by one launch of that kernel; arguments and result as of `segments_attention`."""
+def _all_rows(states: list[torch.Tensor], lengths: list[int], window: int, scale: float | None) -> torch.Tensor:
+    """All rows by one launch of that kernel; queries, keys, values and result as of `segments_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    places = _places(tuple(lengths), query.device)
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    q, k, v = (part[0].transpose(0, 1) for part in states)
+    places = _places(tuple(lengths), q.device)
     output = varlen_attn(
         q,
         k,
@@ -99,7 +102,7 @@ def _all_rows(
         max_k=max(lengths),
         scale=scale,
         window_size=(window - 1 if window else -1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(output, torch.Tensor)
     return output[None]  # (1, N, H, D)

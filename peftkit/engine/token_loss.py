@@ -123,7 +123,7 @@ def chunked_loss(
         head: the output layer.
         label_smoothing: mass spread over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567, section 7).
     """
-    if states.is_cuda and weights is None and head.is_linear and importlib.util.find_spec("liger_kernel"):
+    if states.is_cuda and len(states) and weights is None and head.is_linear and importlib.util.find_spec("liger_kernel"):
         return liger_loss(states, targets, head, label_smoothing)
     trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
     return _ChunkedLoss.apply(states, targets, weights, head, label_smoothing, *trained)

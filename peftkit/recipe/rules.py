@@ -70,7 +70,9 @@ def _packing(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Finding]:
         return
     from peftkit.recipe.packing import why_not_packed  # its tables are read where rows are packed
 
+    noise = "neftune_noise_alpha scales its noise by the length of padded rows (arXiv:2310.05914, section 2)"
     for why in (
+        noise if recipe.training.neftune_noise_alpha is not None else "",
         METHODS[recipe.adapter.method].why_not_packed(recipe.adapter),
         why_not_packed(config, recipe.model.attn_implementation),
     ):

@@ -16,12 +16,12 @@ from torch import nn
 
 from peftkit.engine.adapter import attach_adapter
 from peftkit.engine.batches import join
-from peftkit.engine.fast import FastPaths, find_fast_paths, take_fast_paths, without_mask
-from peftkit.engine.fused import separate
+from peftkit.engine.fast import FastPaths, find_fast_paths, proven_head, take_fast_paths, without_mask
+from peftkit.engine.fused import FORWARDS, separate
 from peftkit.engine.hooks import Context
 from peftkit.engine.model import base_of, load_base_model
 from peftkit.engine.packing import for_model, way_of
-from peftkit.engine.segments import segments_attention
+from peftkit.engine.segments import _has_kernel_of_rows, segments_attention
 from peftkit.engine.step import Step
 from peftkit.engine.token_loss import chunked_loss, liger_loss, loss_and_gradient
 from peftkit.plan import Hardware, Plan, make_plan
@@ -212,6 +212,101 @@ def test_a_model_that_computes_something_else_keeps_the_plain_way(case: Any, mon
     assert all("forward" not in vars(module) for kind, module in paths.fused if kind == "RMS norms")
 
 
+def test_a_wrong_update_shows_though_the_adapter_has_not_learned_yet(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case("llama")
+    layers = [module for module in made.model.modules() if hasattr(module, "lora_B")]
+    for layer in layers:
+        nn.init.zeros_(layer.lora_B["default"].weight)
+    without_update: Callable[..., Any] = lambda layer, x: layer.base_layer(x)  # noqa: E731
+    monkeypatch.setitem(FORWARDS, "LoRA layers", without_update)
+    notes: list[str] = []
+    take(made, notes)
+    assert notes == ["the LoRA layers keep their own forward: the shorter one gives other logits"]
+    assert not any(layer.lora_B["default"].weight.any() for layer in layers)
+
+
+def test_a_model_that_looks_at_the_whole_batch_keeps_its_mask(case: Any) -> None:
+    made = case("bloom")
+
+    def mix(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        output.logits = output.logits + (output.logits.mean() if mask is None else output.logits[mask.bool()].mean())
+        return output
+
+    made.model.get_base_model().register_forward_hook(mix, with_kwargs=True)
+    made.examples[:] = [example for example in made.examples if example.length > 16] * 2
+    notes: list[str] = []
+    assert not take(made, notes).drops_mask
+    assert "rows keep their padding mask: without it logits are others" in notes
+
+
+def test_rows_that_change_each_other_by_the_method_keep_their_mask(case: Any) -> None:
+    made = case("llama", adapter={"method": "lily", "r": 4})
+    paths = find_fast_paths(made.plan, made.model)
+    assert (paths.rows, paths.drops_mask) == ("padded", False)
+
+
+def test_noise_that_depends_on_the_length_of_a_row_has_padded_rows(case: Any) -> None:
+    made = case("llama", training={"neftune_noise_alpha": 5.0})
+    paths = find_fast_paths(made.plan, made.model)
+    assert (paths.rows, paths.by_row, paths.drops_mask) == ("padded", False, True)
+
+
+@pytest.mark.parametrize("packing", ["auto", True])
+@pytest.mark.parametrize(
+    ("model_type", "adapter"),
+    [
+        ("llama", {"method": "lora", "r": 4, "modules_to_save": ["lm_head"]}),
+        ("llama", {"method": "head"}),
+        ("qwen2", {"method": "bitfit"}),
+        ("qwen2", {"method": "lora", "r": 4, "bias": "all"}),
+        ("llama", {"method": "ln_tuning"}),
+        ("llama", {"method": "lora", "r": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_weights_in_16_bits_are_proven_as_they_are_trained(
+    case: Any, model_type: str, adapter: dict[str, Any], packing: Any
+) -> None:
+    made = case(model_type, model={"dtype": "bfloat16"}, adapter=adapter, data={"packing": packing})
+    assert made.plan.mixed_precision == "bf16"
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = plainly(made)
+    paths = take(made)
+    assert paths.rows != "padded"
+    with torch.autocast("cpu", torch.bfloat16):
+        short = shortly(made, paths)
+    torch.testing.assert_close(plain[0], short[0], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_ways_are_proven_on_few_logits(case: Any, task: str) -> None:
+    made, sizes = case("llama" if task == "CAUSAL_LM" else "t5", task), []
+    long = made.examples[0]
+    made.examples[:] = [dataclasses.replace(long, inputs={"input_ids": [7] * 80}, labels=[7] * 80)] * 3
+    forward = made.runtime.forward
+    made.runtime.forward = lambda model, batch: sizes.append(forward(model, batch)) or sizes[-1]
+    assert take(made).head is not None
+    assert proven_head(made.model.eval(), made.runtime, made.examples, "no", "float32") is not None
+    assert max(len(logits.flatten(0, 1)) for logits in sizes) <= 3 * (3 * 16 + 2)
+
+
+def test_nothing_is_kept_for_a_matrix_that_is_not_trained(case: Any) -> None:
+    made = case("llama")
+    take(made)
+    batch, kept = made.runtime.collate(made.examples), []
+    for trained in (True, False):
+        for name, parameter in made.model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(trained)
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):  # noqa: B023
+            loss = made.runtime.forward(made.model, batch).sum()
+        loss.backward()
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.9 * kept[0]
+
+
 def test_a_loss_that_hidden_states_do_not_give_is_taken_from_whole_logits(case: Any) -> None:
     made = case("granite")
     made.model.get_base_model().config.logits_scaling = 1.0
@@ -299,3 +394,23 @@ def test_the_kernel_of_all_rows_is_given_what_the_loop_gets(monkeypatch: pytest.
     monkeypatch.setattr("peftkit.engine.segments._has_kernel_of_rows", lambda *arguments: True)
     found, _ = segments_attention(module, query, key, value, given, scaling=0.3)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "value_size", "dtype", "capability", "taken"),
+    [
+        (128, 128, torch.bfloat16, (9, 0), True),
+        (128, 128, torch.float16, (8, 0), True),
+        (128, 128, torch.float16, (7, 5), False),
+        (192, 128, torch.bfloat16, (9, 0), False),
+        (512, 512, torch.bfloat16, (9, 0), False),
+        (36, 36, torch.bfloat16, (9, 0), False),
+        (128, 128, torch.float32, (9, 0), False),
+    ],
+)
+def test_the_kernel_of_all_rows_is_taken_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, size: int, value_size: int, dtype: torch.dtype, capability: Any, taken: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query, value = (types.SimpleNamespace(is_cuda=True, device="cuda", shape=(1, 4, 10, n)) for n in (size, value_size))
+    assert _has_kernel_of_rows(query, value, dtype) is taken  # type: ignore[arg-type]

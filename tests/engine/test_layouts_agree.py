@@ -58,6 +58,7 @@ def test_a_layout_gives_the_losses_and_gradients_of_padded_rows(curves: dict[str
     [
         ("CAUSAL_LM", ["adapter.method=prompt_tuning", "adapter.num_virtual_tokens=4"], "its virtual tokens come once"),
         ("CAUSAL_LM", ["model.attn_implementation=flex_attention"], "rows cannot be packed"),
+        ("CAUSAL_LM", ["training.neftune_noise_alpha=5"], "rows cannot be packed: neftune_noise_alpha scales"),
         ("SEQ_CLS", [], "data.packing: has no effect for SEQ_CLS"),
     ],
 )

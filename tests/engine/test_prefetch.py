@@ -32,7 +32,7 @@ def test_steps_are_prepared_once_each_by_one_thread_and_not_too_far_ahead() -> N
         prefetcher.get(0)
         time.sleep(0.3)
         assert len(calls) <= 1 + 2 + 1  # taken, ready, and one that waits for room
-    assert calls == [(step, "peftkit-prefetch") for step in range(len(calls))]
+    assert calls == [(step, "peftkit-prefetch_0") for step in range(len(calls))]
 
 
 def test_an_error_is_raised_at_its_step() -> None:
@@ -51,7 +51,7 @@ def test_the_thread_ends_with_the_block_whatever_ends_it() -> None:
     prefetcher = Prefetcher(lambda step: step, 0, 1000)
     with pytest.raises(KeyboardInterrupt), prefetcher:
         raise KeyboardInterrupt
-    assert not [thread for thread in threading.enumerate() if thread.name == "peftkit-prefetch"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("peftkit-prefetch")]
 
 
 def test_a_run_whose_steps_a_thread_prepares_is_the_same(

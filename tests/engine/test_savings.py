@@ -234,3 +234,9 @@ def test_a_pass_that_fails_closes_what_it_opened() -> None:
         model(input_ids=torch.tensor([[10_000]]))
     x = torch.ones(2, requires_grad=True)
     assert (x * x).grad_fn._saved_self is x  # type: ignore[union-attr]  # no hook is left
+
+
+def test_attention_of_all_rows_is_kept() -> None:
+    import torch.nn.attention.varlen
+
+    assert is_dear(torch.ops.torch_attn._varlen_attn.default, ())

@@ -82,6 +82,14 @@ def test_two_processes_train_like_one(models_dir: Path, tmp_path: Path, one_pass
         torch.testing.assert_close(adapter_of(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_processes_without_a_row_to_evaluate_keep_nobody_waiting(models_dir: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "eval_steps": 2}
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, data=VALIDATION, training=settings, evaluation={"max_rows": 1})
+    process = peftkit_process("train", recipe, "--output", tmp_path / "run", "--processes", 2, "--json")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
 def test_the_initial_adapter_does_not_depend_on_what_was_drawn_before(models_dir: Path, tmp_path: Path) -> None:
     from peftkit.engine.adapter import attach_adapter, trainable_state
     from peftkit.engine.hardware import detect_hardware
