@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,17 @@ class Result:
     def json(self) -> Any:
         """The one JSON document on stdout."""
         return json.loads(self.out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_memory_plan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs are not traced for their memory where tests are about something else: it takes as long as training a tiny model."""
+    if request.path.parent.name not in ("engine", "contracts") or request.path.stem in ("test_memory", "test_matrix_llama"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftkit.commands.train.plan_memory", lambda *arguments: SimpleNamespace(total=1))
+        yield
 
 
 @pytest.fixture
