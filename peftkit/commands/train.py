@@ -14,7 +14,7 @@ from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.facts import facts_of, write_model_card
-from peftkit.engine.guard import explain_exhaustion, release
+from peftkit.engine.guard import explain_exhaustion, release, training_memory_text
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.memory import plan_memory
@@ -40,7 +40,7 @@ def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, 
     run = open_run(loaded, found.plan, output, resume)
     reporter = console.reporter(process_index(), run.log)
     try:
-        with explain_exhaustion(found.plan, found.data):
+        with explain_exhaustion(lambda: training_memory_text(found.plan, found.data)):
             if process_index() == 0:
                 model = model_fingerprint(base_of(found.plan), found.blueprint.config)
                 facts = environment(found.plan, found.data.fingerprints | {"model": model})
