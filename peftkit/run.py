@@ -240,6 +240,13 @@ class Run:
         lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
         return {line["split"]: line["metrics"] for line in lines if "split" in line and line["step"] == step}
 
+    def read_last_loss(self) -> float | None:
+        """The loss of the last training line; None where there is none."""
+        if not self.metrics_path.is_file():
+            return None
+        lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        return next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+
     def log(self, text: str) -> None:
         """Add a line to train.log."""
         with self.log_path.open("a", encoding="utf-8") as handle:
