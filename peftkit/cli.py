@@ -293,7 +293,7 @@ def _fail(title: str, text: str, code: int) -> None:
 
 def _leave(code: int) -> None:
     """End this process; a launched worker tells its launcher, and frees nothing, see `peftkit.engine.hardware`."""
-    if "PEFTKIT_WORKER" in os.environ:
+    if "peftkit.launch" in sys.modules:
         from peftkit import console
         from peftkit.launch import is_worker, report_exit
 
