@@ -156,7 +156,8 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     if (processes is not None or launch is not None) and not launcher.is_worker():
         run_dir = launcher.worker_run_dir(loaded, output, resume)
         arguments = launcher.worker_arguments(loaded, run_dir, resume, as_json)
-        raise typer.Exit(launcher.launch(processes, launch, run_dir, arguments))
+        raise typer.Exit(launcher.launch(processes, launch, arguments))
+    launcher.refuse_sharded_worker()
     from peftkit.commands import train as command
 
     with loaded.located():
@@ -291,12 +292,13 @@ def _fail(title: str, text: str, code: int) -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process; a launched worker without freeing what it holds, see `peftkit.engine.hardware`."""
-    if "torch" in sys.modules:
+    """End this process; a launched worker tells its launcher, and frees nothing, see `peftkit.engine.hardware`."""
+    if "peftkit.launch" in sys.modules:
         from peftkit import console
-        from peftkit.launch import is_worker
+        from peftkit.launch import is_worker, report_exit
 
-        if is_worker():
+        report_exit(code)
+        if is_worker() and "torch" in sys.modules:
             console.flush()
             os._exit(code)
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,9 +18,11 @@ import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.recipe import LoadedRecipe
-from peftkit.run import Run, newest_unfinished
+from peftkit.run import newest_unfinished
 
 WORKER_MARK = "PEFTKIT_WORKER"
+EXIT_FILE = "PEFTKIT_EXIT_FILE"  # where the first worker that fails writes its exit code
+_SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # how accelerate tells its workers
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,8 @@ def read_sharding(processes: int | None, config: Path | None) -> Sharding:
         RecipeError: there is no such file, or it is no launch file; the number of processes is none.
     """
     check_launch(processes, config)
-    facts = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {}
-    if not isinstance(facts, dict):
-        raise RecipeError(f"--launch: `{config}` is no launch file of accelerate, which has a key and a value a line")
-    count = processes or int(facts.get("num_processes") or 1)
+    facts = _read_launch_file(config) if config is not None else {}
+    count = processes or facts.get("num_processes") or 1
     if facts.get("distributed_type") == "FSDP":
         settings = facts.get("fsdp_config") or {}
         whole = settings.get("fsdp_reshard_after_forward", settings.get("fsdp_sharding_strategy", True))
@@ -60,6 +61,41 @@ def read_sharding(processes: int | None, config: Path | None) -> Sharding:
         away = [str(settings.get(f"offload_{what}_device") or "none") for what in ("optimizer", "param")]
         return _zero(count, str(settings.get("zero_stage", 2)), *away)
     return Sharding(count)
+
+
+def _read_launch_file(path: Path) -> dict[str, Any]:
+    try:
+        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"--launch: `{path}` cannot be read as YAML: {reason}; `accelerate config` writes such files"
+        ) from error
+    if not isinstance(facts, dict):
+        raise RecipeError(f"--launch: `{path}` is no launch file of accelerate, which has a key and a value a line")
+    count = facts.get("num_processes")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise RecipeError(f"--launch: `{path}`: num_processes: {count} is not allowed; it takes a whole number above 0")
+    return facts
+
+
+def _refuse_sharded(kind: str) -> None:
+    if kind in _SHARDED:
+        raise RecipeError(
+            f"--launch: distributed_type {kind} shares the weights out, and train cannot save and certify those yet; "
+            "`peftkit plan --launch` can plan for it. Train with a launch file of type MULTI_GPU, or with --processes"
+        )
+
+
+def refuse_sharded_worker() -> None:
+    """Refuse to train in a process that accelerate's launcher has started with FSDP or DeepSpeed.
+
+    Raises:
+        RecipeError: it has.
+    """
+    for kind, variable in _SHARDED.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            _refuse_sharded(kind)
 
 
 def worker_sharding(processes: int) -> Sharding:
@@ -102,6 +138,14 @@ def is_worker() -> bool:
     return os.environ.get(WORKER_MARK) == "1"
 
 
+def report_exit(code: int) -> None:
+    """Tell the launcher why this worker ends; the first one that fails is believed, the others fail because of it."""
+    path = os.environ.get(EXIT_FILE)
+    if path and code and is_worker():
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
+            file.write(str(code))
+
+
 def worker_run_dir(loaded: LoadedRecipe, output: Path | None, resume: bool) -> Path:
     """The run directory, named before the workers start, so that all of them write to one."""
     if output is not None:
@@ -132,26 +176,37 @@ def launch_command(processes: int | None, config: Path, arguments: Sequence[str]
     return [*command, "-m", "peftkit", *arguments]
 
 
-def launch(processes: int | None, config: Path | None, run_dir: Path, arguments: Sequence[str]) -> int:
+def launch(processes: int | None, config: Path | None, arguments: Sequence[str]) -> int:
     """Start the workers, hand signals on to them, and wait.
 
     Returns:
-        The exit code: that of the run (status.json has it; the launcher itself knows only 0 and 1).
+        The exit code: that of the worker that failed first (accelerate's launcher knows only 0 and 1), or the one of a
+        process that a signal has ended before its workers heard it.
 
     Raises:
-        RecipeError: the launch file does not exist, or the number of processes is no number of processes.
+        RecipeError: the launch file does not exist, is none, or shares the weights out; the number of processes is none.
     """
     check_launch(processes, config)
+    if config is not None:
+        _refuse_sharded(str(_read_launch_file(config).get("distributed_type")).upper())
+    heard: list[int] = []
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = config or write_launch_file(Path(folder) / "launch.yaml")
         # A session of its own: Ctrl-C at the terminal reaches the workers once, through here.
-        child = subprocess.Popen(
-            launch_command(processes, file, arguments), env=os.environ | {WORKER_MARK: "1"}, start_new_session=True
-        )
+        exit_file = Path(folder) / "exit_code"
+        marks = {WORKER_MARK: "1", EXIT_FILE: str(exit_file)}
+        child = subprocess.Popen(launch_command(processes, file, arguments), env=os.environ | marks, start_new_session=True)
+
+        def hand_on(number: int, frame: Any) -> None:
+            heard.append(number)
+            child.send_signal(signal.SIGTERM)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: child.send_signal(signal.SIGTERM))
-        code = child.wait()
-    return int(Run(run_dir).read_status().get("exit_code") or 1) if code else 0
+            signal.signal(number, hand_on)
+        if child.wait() == 0:
+            return 0
+        told = exit_file.read_text(encoding="utf-8") if exit_file.is_file() else ""
+    return int(told) if told else 128 + heard[0] if heard else 1
 
 
 def write_launch_file(path: Path) -> Path:

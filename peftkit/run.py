@@ -57,6 +57,21 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_place(path: Path, option: str) -> None:
+    """Refuse an output file that could not be written, before any work is done for it.
+
+    Raises:
+        RecipeError: it is a folder, or where it would be is no folder that may be written to.
+    """
+    if os.path.isdir(path):
+        raise RecipeError(f"{option} {path}: is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not folder.is_dir():
+        raise RecipeError(f"{option} {path}: {folder} is a file, no folder; name another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RecipeError(f"{option} {path}: the folder {folder} may not be written to; change that, or name another place")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
@@ -224,6 +239,13 @@ class Run:
             return {}
         lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
         return {line["split"]: line["metrics"] for line in lines if "split" in line and line["step"] == step}
+
+    def read_last_loss(self) -> float | None:
+        """The loss of the last training line; None where there is none."""
+        if not self.metrics_path.is_file():
+            return None
+        lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        return next((line["loss"] for line in reversed(lines) if "loss" in line), None)
 
     def log(self, text: str) -> None:
         """Add a line to train.log."""

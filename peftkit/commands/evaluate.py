@@ -13,6 +13,7 @@ from peftkit.engine.audit import identify
 from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import evaluation_lines, score_examples, write_evaluation
 from peftkit.engine.fast import proven_head
+from peftkit.engine.guard import answering_remedies, explain_exhaustion, memory_text
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.prepare import same_row, split_rows
 from peftkit.engine.rows import OpenedSplit, RowReader
@@ -21,7 +22,7 @@ from peftkit.engine.step import Step
 from peftkit.errors import RecipeError
 from peftkit.formats.base import CanonicalRow
 from peftkit.recipe.schema import Recipe, SourceSection
-from peftkit.run import Run, write_text
+from peftkit.run import Run, require_place, write_text
 from peftkit.tasks.chat import freeze_date
 
 SPLITS = ("test", "validation")
@@ -30,6 +31,13 @@ Row = tuple[str, CanonicalRow]
 
 def evaluate(path: Path, data: Path | None, base: str | None, predictions: Path | None, batch_size: int) -> dict[str, Any]:
     """Evaluate on `data`, or on the run's own test (or validation) rows; returns what `--json` prints."""
+    if predictions is not None:
+        require_place(predictions, "--predictions")
+    with explain_exhaustion(lambda: memory_text(f"with --batch-size {batch_size}", answering_remedies(batch_size))):
+        return _evaluate(path, data, base, predictions, batch_size)
+
+
+def _evaluate(path: Path, data: Path | None, base: str | None, predictions: Path | None, batch_size: int) -> dict[str, Any]:
     own = _own_split(path) if data is None else None
     loaded = load_adapter(path, base)
     split, rows = own.rows(loaded) if own is not None else _rows_of_file(loaded, data)

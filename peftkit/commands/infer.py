@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.data import encode_rows
+from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.generate import (
     answer_batches,
     answer_rows,
@@ -19,14 +21,18 @@ from peftkit.engine.generate import (
     file_row,
     generate,
     generation_config,
+    note_of_room,
     prompt_row,
 )
-from peftkit.engine.loaded import LoadedAdapter, load_adapter
+from peftkit.engine.guard import answering_remedies, explain_exhaustion, memory_text
+from peftkit.engine.loaded import LoadedAdapter, adapter_folder, load_adapter
 from peftkit.engine.sources import read_rows, sound_rows
 from peftkit.engine.unfinished import UnfinishedAnswers, fingerprint
 from peftkit.errors import RecipeError, Stopped
 from peftkit.recipe.schema import SourceSection
-from peftkit.run import write_text
+from peftkit.run import require_place, write_text
+from peftkit.tasks import TASKS
+from peftkit.tasks.example import Example
 
 
 @dataclass(frozen=True)
@@ -46,23 +52,42 @@ class Question:
     task_id: str | None = None
 
 
-def _load(adapter: Path, base: str | None, question: Question) -> LoadedAdapter:
+def _load(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any]) -> LoadedAdapter:
+    if settings:
+        _require_effect(read_facts(adapter_folder(adapter), base), settings)
     loaded = load_adapter(adapter, base)
     if question.task_id is not None and not loaded.runtime.settings.task_names:
         raise RecipeError("--task-id: has no effect: this adapter was not trained on several tasks")
     return loaded
 
 
+def _require_effect(facts: AdapterFacts, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of writing for a task that writes nothing, before its model is loaded."""
+    if facts.task in TASKS and not TASKS[facts.task].generates:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in settings if name != "do_sample")
+        writing = ", ".join(name for name, task in TASKS.items() if task.generates)
+        raise RecipeError(
+            f"{options}: no effect: this adapter is for {facts.task}, and only {writing} write text; leave it out"
+        )
+
+
 def answer_prompt(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any], as_json: bool) -> None:
     """Answer one prompt."""
-    loaded = _load(adapter, base, question)
+    loaded = _load(adapter, base, question, settings)
     assert question.prompt is not None
     row = prompt_row(loaded, question.prompt, task_id=question.task_id)
-    answer = next(answer_rows(loaded, [("--prompt", row)], settings, 1))
+    examples = encode_prompts(loaded, [("--prompt", row)])
+    _say_room(loaded, examples, settings)
+    answer = next(answer_batches(loaded, examples, settings, batch_size=1))[0]
     if as_json:
         console.print_json({"prompt": question.prompt, **answer})
     else:
         print_answer(answer)
+
+
+def _say_room(loaded: LoadedAdapter, examples: Sequence[Example], settings: Mapping[str, Any]) -> None:
+    if note := note_of_room(loaded, examples, settings):
+        console.print_note(note)
 
 
 def print_answer(answer: Mapping[str, Any]) -> None:
@@ -88,10 +113,12 @@ def answer_file(
     """Answer every row of a file; the output has the input's columns plus `prediction`. Returns rows and output."""
     assert question.source is not None
     assert question.output is not None
+    require_place(question.output, "--output")
     raw = sound_rows(read_rows(SourceSection(path=str(question.source.absolute())), Path()))
-    loaded = _load(adapter, base, question)
+    loaded = _load(adapter, base, question, settings)
     rows = [(origin, file_row(loaded, row, origin, question.task_id)) for origin, row in raw]
     examples = encode_prompts(loaded, rows)
+    _say_room(loaded, examples, settings)
     job = fingerprint(loaded.folder, [row for _, row in raw], [question.task_id, base, dict(settings)])
     with UnfinishedAnswers(question.output, job) as found, console.progress(len(rows), "answering") as advance:
         if found.answers:
@@ -104,15 +131,23 @@ def answer_file(
         except KeyboardInterrupt as error:
             what = f"interrupted after {len(found.answers)} of {len(rows)} rows; the same command goes on with the others"
             raise Stopped(what, 130) from error
-        lines = [json.dumps(row | found.answers[number], ensure_ascii=False) for number, (_, row) in enumerate(raw)]
+        whole = (row | found.answers[number] for number, (_, row) in enumerate(raw))
+        lines = [json.dumps(row, ensure_ascii=False, default=_as_json) for row in whole]
         write_text(question.output, "".join(f"{line}\n" for line in lines))
         found.remove()
     return len(lines), question.output
 
 
+def _as_json(value: Any) -> Any:
+    """A value of a Parquet or Arrow file that JSON does not know: times as ISO 8601, bytes as base64, others as text."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
 def chat(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any]) -> None:
     """Answer what is typed, with history, streaming; an empty line or end of input ends it, `/new` forgets the history."""
-    loaded = _load(adapter, base, question)
+    loaded = _load(adapter, base, question, settings)
     history: list[dict[str, str]] = []
     if console.is_interactive():
         console.print_note("Type a message; /new starts over, an empty line ends.")
@@ -135,6 +170,7 @@ def _reply(loaded: LoadedAdapter, row: Mapping[str, Any], settings: Mapping[str,
             print_answer(answer)
         return str(name)
     examples = encode_rows(loaded.prompts, [("input", dict(row))], "the chat", target=False)
+    _say_room(loaded, examples, settings)
     answers = generate(loaded, list(islice(examples, 1)), generation_config(loaded, settings), console.print_part)
     console.print_text("")
     return answers[0]
@@ -157,6 +193,19 @@ def infer(
         raise RecipeError("--prompt and --input: give one of the two")
     if (source is None) != (output is None):
         raise RecipeError("--input and --output go together: a file of rows, and where their answers go")
+    size = batch_size if source is not None else 1
+    with explain_exhaustion(
+        lambda: memory_text(
+            f"while answering {size} rows at a time" if size > 1 else "while answering", answering_remedies(size)
+        )
+    ):
+        _infer(adapter, base, question, settings=settings, batch_size=batch_size, as_json=as_json)
+
+
+def _infer(
+    adapter: Path, base: str | None, question: Question, *, settings: Mapping[str, Any], batch_size: int, as_json: bool
+) -> None:
+    prompt, source, output = question.prompt, question.source, question.output
     if prompt is not None:
         answer_prompt(adapter, base, question, settings, as_json)
     elif source is not None and output is not None:

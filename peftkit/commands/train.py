@@ -14,7 +14,7 @@ from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.facts import facts_of, write_model_card
-from peftkit.engine.guard import explain_exhaustion, release
+from peftkit.engine.guard import explain_exhaustion, release, training_memory_text
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.memory import plan_memory
@@ -40,7 +40,7 @@ def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, 
     run = open_run(loaded, found.plan, output, resume)
     reporter = console.reporter(process_index(), run.log)
     try:
-        with explain_exhaustion(found.plan, found.data):
+        with explain_exhaustion(lambda: training_memory_text(found.plan, found.data)):
             if process_index() == 0:
                 model = model_fingerprint(base_of(found.plan), found.blueprint.config)
                 facts = environment(found.plan, found.data.fingerprints | {"model": model})
@@ -96,10 +96,10 @@ def train_and_report(loaded: LoadedRecipe, output: Path | None, resume: bool, as
         return
     _print_metrics(result["metrics_by_split"], result["metrics_before"])
     predicted, measured = result["predicted_memory_bytes"], result["peak_memory_bytes"]
-    console.print_text(
-        f"memory at most: {console.show_bytes(measured)}; the plan said {console.show_bytes(predicted)} "
-        f"({predicted / measured - 1:+.0%})"
+    said = (
+        f"{console.show_bytes(predicted)} ({predicted / measured - 1:+.0%})" if predicted else "nothing: it could not be made"
     )
+    console.print_text(f"memory at most: {console.show_bytes(measured)}; the plan said {said}")
     certificate = result["certificate"]
     console.print_text(
         f"certificate passed: after reload into a fresh base, logits differ by at most {certificate['max_abs_diff']:.3g}"
@@ -146,7 +146,7 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
         summary["adapter"] = report(model)
     if accelerator.is_main_process:
         summary["certificate"] = _save_and_certify(found, trainer, untrained, metrics)
-        summary |= _memory(found)
+        summary |= _memory(found, reporter)
         run.write_status("done", step=trainer.progress.step, summary=summary)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -169,12 +169,19 @@ def _save_and_certify(found: Survey, trainer: Trainer, untrained: Any, metrics: 
     return certificate
 
 
-def _memory(found: Survey) -> dict[str, int]:
-    """The most memory that the run took, beside what the plan says: found now, when it keeps nobody waiting for a step."""
+def _memory(found: Survey, reporter: console.LineReporter) -> dict[str, int | None]:
+    """The most memory that the run took, beside what the plan says: found now, when it keeps nobody waiting for a step.
+
+    The run is trained and certified: whatever is wrong with the plan cannot fail it any more, and is noted.
+    """
     hardware = found.plan.hardware
     measured = peak_memory_bytes(hardware.device)
-    planned = plan_memory(found, worker_sharding(hardware.num_processes))
-    return {"peak_memory_bytes": measured, "predicted_memory_bytes": planned.total}
+    try:
+        predicted = plan_memory(found, worker_sharding(hardware.num_processes)).total
+    except Exception as error:
+        reporter.note(f"note: the plan for the memory could not be made: {type(error).__name__}: {error}")
+        predicted = None
+    return {"peak_memory_bytes": measured, "predicted_memory_bytes": predicted}
 
 
 def training_context(plan: Plan, tokenizer: Any, runtime: Runtime, data: Data) -> Context:
@@ -197,7 +204,7 @@ def _summary(run: Run, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, A
     return {
         "run_dir": str(run.dir),
         "global_step": progress.step,
-        "train_loss": trainer.last_loss,
+        "train_loss": run.read_last_loss(),
         "metrics": metrics.get("test") or metrics.get("validation") or {},
         "metrics_by_split": metrics,
         "metrics_before": run.read_metrics_at(0),

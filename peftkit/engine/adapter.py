@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.engine.adapted import AdaptedModel, encoder_and_decoder
+from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.modules import head_modules, is_tied, new_modules
 from peftkit.engine.targets import Targets, feedforward_modules, linear_sizes, resolve_targets
@@ -94,6 +95,7 @@ def _inject(model: PreTrainedModel, whole: Sequence[str], context: Context) -> n
             if finish := hook(plan.method, "after_attach"):
                 finish(adapted, section, context)
         except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
+            raise_if_exhausted(error)
             raise RecipeError(f"adapter: PEFT refuses these settings for this model: {error}") from error
     train_whole(adapted, whole, config)
     for name, parameter in adapted.named_parameters():
@@ -266,6 +268,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
+        raise_if_exhausted(error)
         raise LoadError(f"{path} cannot be read: {error}") from error
     return tensors
 

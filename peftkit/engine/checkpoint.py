@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peftkit.engine.adapter import load_trainable_state, read_tensors, trainable_state
+from peftkit.engine.guard import raise_if_exhausted
 from peftkit.errors import LoadError
 from peftkit.run import Run, new_folder, write_json
 
@@ -98,6 +99,7 @@ def load_checkpoint(path: Path, model: nn.Module, parts: dict[str, Any], process
             set_rng_state(generators[process])
         return Progress(**json.loads((path / STATE).read_text()))
     except (LoadError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise_if_exhausted(error)
         raise LoadError(f"the checkpoint {path} cannot be loaded: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -140,14 +142,33 @@ def answer_batches(
     left = [number for number in range(len(examples)) if number not in done]
     order = sorted(left, key=lambda number: -examples[number].length)
     config = generation_config(loaded, settings, len(order)) if loaded.task.generates else None
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    most = config.max_new_tokens if config is not None else 0
+    # Rows without room for a whole answer share a batch with those of as much room alone: no answer depends on another row.
+    rooms = {number: min(most, loaded.room_after(examples[number].length)) if most else 0 for number in order}
+    groups = [list(group) for _, group in itertools.groupby(order, key=rooms.__getitem__)]
+    for numbers in (group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)):
         chosen = [examples[number] for number in numbers]
         if config is not None:
             answers = [{"prediction": text} for text in generate(loaded, chosen, config)]
         else:
             answers = list(map(loaded.runtime.answer, _scores(loaded, chosen)))
         yield dict(zip(numbers, answers, strict=True))
+
+
+def note_of_room(loaded: LoadedAdapter, examples: Sequence[Example], settings: Mapping[str, Any]) -> str | None:
+    """Which answers can be cut short because the model has no positions for all the new tokens that are asked for."""
+    if not loaded.task.generates:
+        return None
+    most = generation_config(loaded, settings).max_new_tokens
+    short = [example for example in examples if loaded.room_after(example.length) < most]
+    if not short:
+        return None
+    longest = max(short, key=lambda example: example.length)
+    return (
+        f"note: max_new_tokens is {most}, and the model has not positions for so many after {len(short)} of "
+        f"{len(examples)} prompts: their answers end at the last one ({longest.origin}: after "
+        f"{loaded.room_after(longest.length)} tokens)"
+    )
 
 
 def _scores(loaded: LoadedAdapter, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -164,6 +185,8 @@ def generate(
 ) -> list[str]:
     """Generated texts of a batch; with `on_text` (one example) pieces are handed out as they come."""
     tokenizer, model = loaded.runtime.tokenizer, loaded.model
+    config = copy.deepcopy(config)
+    config.max_new_tokens = min(config.max_new_tokens, loaded.room_after(max(example.length for example in examples)))
     batch = {name: tensor.to(loaded.device) for name, tensor in loaded.runtime.generation_batch(examples).items()}
     streamer = _Streamer(tokenizer, on_text) if on_text else None
     # transformers' own loop hands out pieces, and suits a static cache, whose compiled kernels want batches of one size.

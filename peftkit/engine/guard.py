@@ -4,37 +4,82 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from peftkit.engine.data import Data
 from peftkit.errors import ResourceError
-from peftkit.plan import Plan
 
-_CPU_EXHAUSTED = ("can't allocate memory", "cannot allocate memory", "not enough memory")
+if TYPE_CHECKING:
+    from peftkit.engine.data import Data
+    from peftkit.plan import Plan
+
+# Allocators and libraries raise plain RuntimeErrors too: only their texts tell.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "status_alloc_failed")
+_DISK_FULL = ("no space left on device", "disk quota exceeded", "unexpected pos")  # safetensors twice, torch.save
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 
 
 @contextlib.contextmanager
-def explain_exhaustion(plan: Plan, data: Data) -> Iterator[None]:
-    """Turn exhaustion of memory or disk into a ResourceError.
+def explain_exhaustion(memory_text: Callable[[], str]) -> Iterator[None]:
+    """Turn exhaustion of memory or disk, and what the file system refuses, into a ResourceError.
+
+    Args:
+        memory_text: says where memory has run out and what helps.
 
     Raises:
-        ResourceError: with the shape of the batch and the settings that need less.
+        ResourceError: in words.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(_memory_text(plan, data)) from error
-    except RuntimeError as error:
-        if any(text in str(error).lower() for text in _CPU_EXHAUSTED):
-            raise ResourceError(_memory_text(plan, data)) from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(memory_text()) from error
+        if is_disk_full(error):
+            raise ResourceError(f"the disk is full: {_file_of(error)} could not be written; make room there") from error
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            what = f"{_file_of(error)} cannot be used: {error.strerror}"
+            raise ResourceError(f"{what}; change who may read and write there, or name another place") from error
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"the disk is full: {error.filename or 'the run directory'} could not be written") from error
-        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_told = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
+    return is_told or isinstance(error, MemoryError)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that nothing more can be written."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, RuntimeError | SafetensorError) and any(text in str(error).lower() for text in _DISK_FULL)
+
+
+def raise_if_exhausted(error: Exception) -> None:
+    """Raise an error again that tells of exhaustion, before it is taken for another: the command says what helps."""
+    if is_out_of_memory(error) or is_disk_full(error):
+        raise error
+
+
+def memory_text(what: str, remedies: Sequence[str]) -> str:
+    """Where memory has run out, and what helps."""
+    return f"out of memory {what}. What helps:\n  " + "\n  ".join(remedies)
+
+
+def answering_remedies(batch_size: int) -> list[str]:
+    """What needs less memory where rows are answered or scored in batches."""
+    fewer = [f"--batch-size {batch_size // 2} (same answers, fewer rows at a time)"] if batch_size > 1 else []
+    return [*fewer, "shorter rows, or fewer new tokens where text is written", "a machine with more memory"]
+
+
+def _file_of(error: Exception) -> str:
+    return str(getattr(error, "filename", None) or "a file of the output")
 
 
 def release(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -44,7 +89,8 @@ def release(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.state.clear()
 
 
-def _memory_text(plan: Plan, data: Data) -> str:
+def training_memory_text(plan: Plan, data: Data) -> str:
+    """The shape of the batch, and settings that need less."""
     longest = int(data.sample.lengths.max())
     remedies = []
     if plan.micro_batch_size > 1:
@@ -56,6 +102,4 @@ def _memory_text(plan: Plan, data: Data) -> str:
     remedies.append("`peftkit plan RECIPE --fit GPU_GIB` proposes settings for a GPU of that size")
     remedies.append(f"data.max_length below {longest} with data.truncation")
     shape = f"{plan.micro_batch_size} x {longest} tokens"
-    return f"out of memory on {plan.hardware.device_name} with micro-batches of up to {shape}. What helps:\n  " + "\n  ".join(
-        remedies
-    )
+    return memory_text(f"on {plan.hardware.device_name} with micro-batches of up to {shape}", remedies)

@@ -65,9 +65,21 @@ class LoadedAdapter:
     @property
     def position_limit(self) -> int | None:
         """Longest input in tokens that the model has positions for, beside the adapter's virtual tokens."""
+        return position_limit(self.model.config, self.runtime.tokenizer, self._num_virtual_tokens)
+
+    @property
+    def _num_virtual_tokens(self) -> int:
         config = getattr(self.model, "active_peft_config", None)
-        taken = config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
-        return position_limit(self.model.config, self.runtime.tokenizer, taken)
+        return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+
+    def room_after(self, num_tokens: int) -> int:
+        """New tokens that the model has positions for after a prompt of so many; the last new one is never read."""
+        config: Any = self.model.config
+        names = ("max_decoder_position_embeddings", "max_position_embeddings")
+        limits = [getattr(config.get_text_config(), name, None) for name in names]
+        limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), sys.maxsize)
+        num_read = 1 if config.is_encoder_decoder else num_tokens  # a decoder of its own begins with one token
+        return limit - self._num_virtual_tokens - num_read + 1
 
     @property
     def prompts(self) -> Runtime:

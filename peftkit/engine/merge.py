@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
+from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.loaded import LoadedAdapter, with_full_weights
 from peftkit.engine.model import Base, load_base_model, read_tokenizer, set_pad_token
 from peftkit.engine.modules import with_conv1d
@@ -118,6 +119,7 @@ def _merged(model: nn.Module, method: str) -> nn.Module:
             warnings.simplefilter("ignore")  # of ties that merging breaks: the comparison of logits decides
             return _unwrapped(model).merge_and_unload(safe_merge=True)  # type: ignore[operator]
     except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
+        raise_if_exhausted(error)
         kind = "" if method in METHODS else f" ({method})"
         raise RecipeError(f"--adapter: this adapter cannot be merged{kind}: {error or type(error).__name__}") from error
 

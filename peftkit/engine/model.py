@@ -21,6 +21,7 @@ from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.modules import is_tied, linearised
 from peftkit.engine.quantized import loading_options, make_safe
 from peftkit.errors import LoadError
@@ -312,6 +313,7 @@ def _from_pretrained(
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise_if_exhausted(error)
         raise LoadError(f"the model `{base.path}` cannot be loaded: {first_line(error)}") from error
     return model, info
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.adapter import adapter_state, head_by_hand, read_tensors, trainable_state
 from peftkit.engine.facts import CONFIG, FACTS, TENSORS, AdapterFacts, read_mapping
+from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hooks import hook
 from peftkit.engine.modules import is_tied
 from peftkit.engine.parity import write_renderings
@@ -209,6 +210,7 @@ def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Ten
             raise LoadError(f"the adapter {folder} does not fit {type(base).__name__}: it lacks {', '.join(missing[:3])}")
         unexpected = sorted(set(model.load_adapter(str(folder), "default").unexpected_keys) - _PROMPT_TENSORS)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise_if_exhausted(error)
         raise LoadError(f"the adapter {folder} cannot be loaded onto {type(base).__name__}: {error}") from error
     if unexpected:
         raise LoadError(

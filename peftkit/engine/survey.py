@@ -11,6 +11,7 @@ from typing import Any
 from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.data import Data, load_data
 from peftkit.engine.fast import find_fast_paths
+from peftkit.engine.guard import explain_exhaustion, memory_text
 from peftkit.engine.hardware import detect_hardware, resident_bytes
 from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
 from peftkit.engine.prepare import Model
@@ -41,6 +42,11 @@ class Survey:
     resident_bytes: int = 0
 
 
+def _memory_text() -> str:
+    return memory_text("before a weight was loaded", ["a machine with more memory", "`streaming: true` in the training source"])
+
+
+@explain_exhaustion(_memory_text)
 def survey(
     loaded: LoadedRecipe,
     *,

@@ -116,7 +116,6 @@ class Trainer:
             self.parts["scaler"] = self.accelerator.scaler
         self.stop_signal = StopSignal()
         self.skipped_steps, self.next_status = 0, 0.0
-        self.last_loss: float | None = None
         self.holds_best = False
 
     @property
@@ -194,6 +193,7 @@ class Trainer:
         self.reporter.advance(progress.step)
         self._log(learning_rate, grad_norm)
         self._after_step()
+        self._log(learning_rate, grad_norm)  # the last line of a run that has stopped early
 
     def _forward_backward(self, ready: _Prepared, num_targets: float) -> float:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
@@ -284,7 +284,8 @@ class Trainer:
 
     def _log(self, learning_rate: float, grad_norm: float) -> None:
         progress = self.progress
-        if progress.step % self.plan.recipe.training.logging_steps and progress.step != self.total_steps:
+        ends = progress.step == self.total_steps or progress.stopped_early
+        if not progress.loss_targets or (progress.step % self.plan.recipe.training.logging_steps and not ends):
             return
         line = {
             "step": progress.step,
@@ -295,7 +296,6 @@ class Trainer:
             "seconds": round(progress.seconds, 3),
             "memory_bytes": peak_memory_bytes(self.plan.hardware.device),
         }
-        self.last_loss = line["loss"]
         progress.loss_sum, progress.loss_targets = 0.0, 0
         self._publish(line)
         self.reporter.step(line, self.total_steps)

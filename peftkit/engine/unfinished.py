@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import RecipeError
+from peftkit.run import write_text
 
 
 def fingerprint(folder: Path, rows: list[dict[str, Any]], settings: Any) -> str:
@@ -32,29 +33,40 @@ class UnfinishedAnswers:
         job: see `fingerprint`.
 
     Raises:
-        RecipeError: the file holds answers of another job.
+        RecipeError: the file holds answers of another job, or something else.
     """
 
     def __init__(self, output: Path, job: str) -> None:
         self.path = output.with_name(f"{output.name}.part")
         self.answers: dict[int, dict[str, Any]] = {}
-        first, *lines = self._lines() or [{"job": job}]
-        if first.get("job") != job:
+        first, *lines = self._lines(output) or [{"job": job}]
+        if first["job"] != job and not lines:
+            first = {"job": job}
+        if first["job"] != job:
             raise RecipeError(
                 f"--output {output}: {self.path} holds {len(lines)} answers of another input, adapter or settings; repeat that "
                 "command to go on with it, remove the file, or name another output"
             )
         self.answers = {line["row"]: line["answer"] for line in lines}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", encoding="utf-8") as handle:  # anew: what a kill has cut short is left out
-            handle.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in [first, *lines])
+        # Anew: what a kill has cut short is left out.
+        write_text(self.path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in [first, *lines]))
         self._file = self.path.open("a", encoding="utf-8")
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
+    def _lines(self, output: Path) -> list[dict[str, Any]]:
+        """The first line and the answers; nothing where there is no file, or an empty one."""
+        if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # the last one is empty, or cut short
+        try:
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            first, *lines = [json.loads(line) for line in text.split("\n")[:-1]] or [{"job": ""}]  # the last is cut short
+            if (text and not first["job"]) or not all(isinstance(line["answer"], dict) and line["row"] >= 0 for line in lines):
+                raise KeyError
+        except (IsADirectoryError, ValueError, TypeError, KeyError) as error:
+            raise RecipeError(
+                f"--output {output}: unfinished answers are kept in {self.path}, and what is there holds something else; "
+                "move it away, or name another output"
+            ) from error
+        return [first, *lines] if text else []
 
     def add(self, answers: Mapping[int, dict[str, Any]]) -> None:
         """Keep answers, by the numbers of their rows."""
@@ -67,9 +79,12 @@ class UnfinishedAnswers:
         """All answers are in the output."""
         self._file.close()
         self.path.unlink()
+        self.answers = {}
 
     def __enter__(self) -> UnfinishedAnswers:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+        if not self.answers:
+            self.path.unlink(missing_ok=True)

@@ -81,3 +81,35 @@ def test_another_job_does_not_mix_with_what_is_left_of_one(interrupted: Result, 
     assert result.code == 2
     assert "out.jsonl.part holds 4 answers of another input, adapter or settings; repeat that command" in result.err
     assert len(lines(tmp_path / "out.jsonl.part")) == 1 + 4
+
+
+@pytest.mark.parametrize("text", ["not JSON\n", "no line end", "[1]\n", '{"job": "x"}\n{"answer": 1}\n', '{"other": 1}\n'])
+def test_a_file_of_others_in_its_place_is_refused_and_kept(infer: Infer, tmp_path: Path, text: str) -> None:
+    (tmp_path / "out.jsonl.part").write_text(text)
+    result = infer()
+    assert result.code == 2
+    assert "out.jsonl.part, and what is there holds something else; move it away, or name another output" in result.err
+    assert (tmp_path / "out.jsonl.part").read_text() == text
+
+
+def test_a_job_that_ended_before_its_first_answer_leaves_nothing(
+    infer: Infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "generate", lambda *arguments: 1 / 0)
+        assert infer().code == 1
+    assert not (tmp_path / "out.jsonl.part").exists()
+    (tmp_path / "out.jsonl.part").write_text('{"job": "another"}\n')  # of a job that was killed
+    assert infer("--max-new-tokens", 3).code == 0
+
+
+def test_answers_outlive_a_kill_while_their_file_is_written_anew(
+    interrupted: Result, infer: Infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", killed)
+        assert infer().code == 130
+    assert len(lines(tmp_path / "out.jsonl.part")) == 1 + 4

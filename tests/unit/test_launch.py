@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.launch import (
+    EXIT_FILE,
     WORKER_MARK,
     is_worker,
     launch,
     launch_command,
+    read_sharding,
+    refuse_sharded_worker,
+    report_exit,
     worker_arguments,
     worker_run_dir,
     write_launch_file,
@@ -80,4 +85,61 @@ def test_a_worker_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_cannot_be_launched_is_refused(processes: int | None, config: Path | None, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        launch(processes, config, Path("run"), [])
+        launch(processes, config, [])
+
+
+@pytest.mark.parametrize("read", [lambda file: read_sharding(None, file), lambda file: launch(None, file, [])])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1", "cannot be read as YAML: while parsing a flow sequence"),
+        (b"\xff\xfe\x00", "cannot be read as YAML"),
+        (b"num_processes: \xe9", "cannot be read as YAML: 'utf-8' codec"),
+        (b"num_processes: many", "num_processes: many is not allowed; it takes a whole number above 0"),
+        (b"num_processes: -2", "num_processes: -2 is not allowed"),
+        (b"- a", "is no launch file of accelerate"),
+    ],
+)
+def test_a_launch_file_that_is_none_is_refused(tmp_path: Path, content: bytes, words: str, read: Any) -> None:
+    (tmp_path / "launch.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=words):
+        read(tmp_path / "launch.yaml")
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_that_are_shared_out_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    (tmp_path / "launch.yaml").write_text(f"distributed_type: {kind}\nnum_processes: 2\n")
+    with pytest.raises(RecipeError, match=f"distributed_type {kind} shares the weights out.*`peftkit plan --launch` can plan"):
+        launch(None, tmp_path / "launch.yaml", [])
+    refuse_sharded_worker()
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(RecipeError, match=kind):
+        refuse_sharded_worker()
+
+
+def test_the_worker_that_fails_first_tells_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKER_MARK, "1")
+    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
+    for code in (0, 3, 1):
+        report_exit(code)
+    assert (tmp_path / "code").read_text() == "3"
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("", 0),
+        (f"import os; open(os.environ['{EXIT_FILE}'], 'w').write('7'); raise SystemExit(1)", 7),
+        ("raise SystemExit(1)", 1),
+        ("import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()", 143),
+        ("import os, signal; os.kill(os.getppid(), signal.SIGINT); signal.pause()", 130),
+    ],
+)
+def test_the_launcher_ends_as_its_workers(monkeypatch: pytest.MonkeyPatch, script: str, code: int) -> None:
+    monkeypatch.setattr("peftkit.launch.launch_command", lambda *arguments: [sys.executable, "-c", script])
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert launch(2, None, []) == code
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
