@@ -165,7 +165,7 @@ def note_of_room(loaded: LoadedAdapter, examples: Sequence[Example], settings: M
         return None
     longest = max(short, key=lambda example: example.length)
     return (
-        f"note: max_new_tokens is {most}, and the model has not positions for so many after {len(short)} of "
+        f"note: max_new_tokens is {most}, and the model has no room for so many after {len(short)} of "
         f"{len(examples)} prompts: their answers end at the last one ({longest.origin}: after "
         f"{loaded.room_after(longest.length)} tokens)"
     )
