@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
-from peftkit.engine.loaded import load_adapter
+from peftkit.engine.loaded import CPU, load_adapter
 from peftkit.engine.merge import merge_adapter
 from peftkit.errors import RecipeError
 
@@ -17,7 +17,7 @@ def merge(adapter: Path, base: str | None, output: Path, dtype: str) -> dict[str
     """Merge, compare, write; returns what `--json` prints."""
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype: `{dtype}` is not allowed; it takes {' | '.join(DTYPES)}")
-    return merge_adapter(load_adapter(adapter, base), output, dtype)
+    return merge_adapter(load_adapter(adapter, base, CPU), output, dtype)
 
 
 def print_merge(result: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
     """Write a LoRA adapter folder that does nearly what an adapter of another method does.
 
     Args:
-        loaded: the adapter.
+        loaded: the adapter, on the CPU.
         output: folder to write; must not exist or be empty.
         rank: rank of every layer, or below 1 the share of the update's energy (squared singular values) to keep.
 
@@ -44,7 +44,7 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"--output {output}: is not empty; name a new folder")
-    model: Any = compute_in_float32(loaded.model.to("cpu"))
+    model: Any = compute_in_float32(loaded.model)
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
     reference = reference_logits(model, loaded.runtime, examples)
     if loaded.is_quantized:
@@ -59,9 +59,10 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
         for name in _COPIED:
             if (loaded.folder / name).is_file():
                 shutil.copyfile(loaded.folder / name, folder / name)
-        base, missing = load_base_model(facts.base_model(folder), loaded.runtime.settings)
+        source = dataclasses.replace(facts.base_model(folder), device=loaded.device)
+        base, missing = load_base_model(source, loaded.runtime.settings)
         set_pad_token(base, loaded.runtime.tokenizer)
-        onto = compute_in_float32(load_into(base, folder, "lora", missing).to("cpu"))
+        onto = compute_in_float32(load_into(base, folder, "lora", missing))
         converted = reference_logits(onto, loaded.runtime, examples)
     difference = largest_difference(reference, converted)
     ranks = [tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name]

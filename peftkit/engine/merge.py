@@ -39,7 +39,7 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
     On a quantised base: into the weights that its layers stand for, so that nothing is rounded and the result is plain.
 
     Args:
-        loaded: the adapter.
+        loaded: the adapter, on the CPU.
         output: folder to write; must not exist or be empty.
         dtype: dtype of the written weights; `auto` is that of the base.
 
@@ -55,7 +55,7 @@ def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, 
     wanted = _dtype_of_base(loaded) if dtype == "auto" else dtype
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
     _refuse_unmergeable(loaded.model, loaded.facts.method)
-    model = compute_in_float32(loaded.model.to("cpu"))
+    model = compute_in_float32(loaded.model)
     reference = reference_logits(model, loaded.runtime, examples)
     if loaded.is_quantized:
         model = with_full_weights(loaded)
