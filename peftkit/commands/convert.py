@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
-from peftkit.engine.convert import convert_adapter
+from peftkit.engine.convert import check_convertible, convert_adapter
 from peftkit.engine.loaded import CPU, load_adapter
 from peftkit.errors import RecipeError
 
@@ -15,6 +15,7 @@ def convert(adapter: Path, base: str | None, output: Path, rank: float) -> dict[
     """Convert and measure; returns what `--json` prints."""
     if not rank > 0 or (rank >= 1 and rank != int(rank)):
         raise RecipeError(f"--rank: {rank:g} is neither a whole number nor a share of the update's energy between 0 and 1")
+    check_convertible(adapter, base, output)
     return convert_adapter(load_adapter(adapter, base, CPU), output, rank)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.loaded import CPU, load_adapter
-from peftkit.engine.merge import merge_adapter
+from peftkit.engine.merge import check_mergeable, merge_adapter
 from peftkit.errors import RecipeError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -17,6 +17,7 @@ def merge(adapter: Path, base: str | None, output: Path, dtype: str) -> dict[str
     """Merge, compare, write; returns what `--json` prints."""
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype: `{dtype}` is not allowed; it takes {' | '.join(DTYPES)}")
+    check_mergeable(adapter, base, output)
     return merge_adapter(load_adapter(adapter, base, CPU), output, dtype)
 
 

@@ -192,7 +192,7 @@ def full_weight(module: Any) -> torch.Tensor | None:
         weight: Any = module.weight
         return weight.dequantize(output_dtype=torch.float32).detach()
     if kind.endswith("QuantLinear") or kind.startswith("WQLinear"):
-        raise LoadError(f"layers of type {kind} cannot be turned into plain ones; merge with the library that made them")
+        raise LoadError(f"layers of type {kind} cannot be turned into plain ones here; use the library that made them")
     return None
 
 

@@ -190,6 +190,13 @@ def why_not_quantized(method: Method, section: Section, layers: Layers) -> Itera
     yield from method.not_quantized_with(section, layers)
 
 
+def why_not_plain(quantization: Quantization | None) -> str:
+    """Why the layers of a base cannot be turned into plain ones, which a merge needs; empty where they can, or are."""
+    if quantization is None or quantization.method not in ("gptq", "awq"):
+        return ""
+    return f"{quantization.method} layers cannot be turned into plain ones here; use the library that made them"
+
+
 def trains_biases(method: Method, section: Any) -> bool:
     """Whether biases of the base's linear layers are trained."""
     if method.kind == "subset":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from peftkit.engine.quantizing import settle_quantization
 from peftkit.errors import LoadError, RecipeError
 from peftkit.plan import Plan, make_plan
 from peftkit.recipe import load_recipe
+from peftkit.recipe.quantization import Quantization
 from tests.runs import curve, run_cli, tiny_recipe, train
 
 IDS = torch.arange(20)[None, :]
@@ -283,3 +285,8 @@ def test_a_library_that_is_too_old_for_a_checkpoint_is_named(plan_of: PlanOf, mo
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", too_old)
     with pytest.raises(LoadError, match=r"cannot be loaded: The gptqmodel version should be"):
         base(plan)
+
+
+def test_the_plan_says_that_an_adapter_on_gptq_layers_cannot_be_merged(plan_of: PlanOf) -> None:
+    plan = dataclasses.replace(plan_of("CAUSAL_LM", None), quantization=Quantization("gptq", 4, is_stored=True))
+    assert any(note.startswith("the adapter cannot be merged: gptq layers cannot") for note in draw_blueprint(plan).notes)
