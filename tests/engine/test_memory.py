@@ -197,6 +197,25 @@ def test_every_method_is_traced_or_says_why_not(
     assert planned.held.activations > 0
 
 
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_offloading_under_autocast_is_traced_where_the_model_is_the_base(
+    method: str, lm_recipe: dict[str, Any], write_recipe: Any
+) -> None:
+    lm_recipe["adapter"] = {"method": method}
+    lm_recipe["training"] |= {"activation_offloading": True, "mixed_precision": "bf16"}
+    assert plan_of(write_recipe(lm_recipe), GPU).how.startswith("traced")
+
+
+def test_views_of_weights_are_not_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Size] = []
+    monkeypatch.setattr(memory.Away, "move_out", lambda self, tensor: moved.append(tensor.shape) or (lambda: tensor))
+    model = nn.Linear(512, 1024, bias=False, device="meta").requires_grad_(False)
+    inputs = torch.empty(2048, 512, device="meta", requires_grad=True)
+    with memory._offloading(model, True):
+        model(inputs).sum().backward()
+    assert moved == []  # a product saves a view of its weight
+
+
 Cli = Callable[..., Any]
 
 
