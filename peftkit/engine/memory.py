@@ -103,7 +103,7 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
     overhead = found.resident_bytes + _LATER_BYTES if on_cpu else _WORKSPACE_BYTES
     fixed = {"weights": size.weights, "adapter": size.adapter}
     if on_cpu:
-        yield "loading", fixed | {"overhead": overhead + checkpoint_bytes(base_of(plan), plan.dtype)}
+        yield "loading", fixed | {"overhead": overhead + _loading_bytes(plan, found.blueprint.model, size)}
     training = fixed | {"optimizer": size.optimizer, "overhead": overhead + size.buckets}
     yield (
         "training",
@@ -117,6 +117,18 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
         yield "evaluation", training | {"activations": evaluated.total}
     if on_cpu:
         yield "certificate", fixed | {"activations": logits, "overhead": overhead}
+
+
+def _loading_bytes(plan: Plan, model: nn.Module, size: Stored) -> int:
+    """What loading holds beside the weights as they lie: the file's, and those that are quantised once there."""
+    of_file, quantization = checkpoint_bytes(base_of(plan), plan.dtype), plan.quantization
+    if quantization is None or quantization.is_stored:
+        return of_file
+    if quantization.method != "bitsandbytes":
+        return of_file + size.unquantised
+    if plan.recipe.model.init == "random":  # the random model is saved, and loaded again
+        return sum(weight.numel() * weight.element_size() for weight in model.parameters() if not weight.requires_grad)
+    return of_file
 
 
 def trace_step(found: Survey, runtime: Runtime, batch: Batch, *, accumulates: bool) -> tuple[Held, str]:
@@ -179,12 +191,11 @@ def training_loss(
 
 def kernels_of(plan: Plan, model: nn.Module) -> Kernels:
     """How the device of a plan computes this model."""
-    quantised = stored(plan, model).quantised
     return Kernels(
         plan.hardware.device,
         masks=not str(plan.recipe.model.attn_implementation).startswith("fl"),  # flash and flex attention take none
-        quantised=frozenset(quantised),
-        bits=plan.quantization.bits if plan.quantization else 16,
+        quantised=frozenset(stored(plan, model).quantised),
+        layers=plan.quantization.layers if plan.quantization else "4bit",
     )
 
 

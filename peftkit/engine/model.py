@@ -268,7 +268,7 @@ def load_base_model(
         return _random_model(base, config, common), set()
     if base.quantization is not None and base.quantization.is_stored:
         common |= _renaming_foretold(base, config)  # weights that are not found cannot be made at random in quantised layers
-    common |= _quantizing_options(base, config)
+    common |= loading_options(base.quantization, config, base.device)
     model, info = _from_pretrained(base, config, common)
     if renamed := _other_prefix(model, info):
         model, info = _from_pretrained(base, config, common | {"key_mapping": renamed})
@@ -288,18 +288,11 @@ def _finished(base: Base, model: PreTrainedModel) -> PreTrainedModel:
     return make_safe(linearised(model) if linear else model, base.quantization, base.device)
 
 
-def _quantizing_options(base: Base, config: PretrainedConfig) -> dict[str, Any]:
-    try:
-        return loading_options(base.quantization, config, base.device)
-    except LoadError as error:
-        raise LoadError(f"the model `{base.path}` cannot be loaded: {error}") from error
-
-
 def _random_model(base: Base, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """The model of a config with random weights; quantised by way of a checkpoint, as transformers quantises what it loads."""
     vars(config).pop("quantization_config", None)
     model: PreTrainedModel = _auto_class(base, config).from_config(config, **options)
-    quantizing = _quantizing_options(base, config)
+    quantizing = loading_options(base.quantization, config, base.device)
     if not quantizing:
         return _finished(base, model)
     with tempfile.TemporaryDirectory(prefix="peftkit-") as folder:

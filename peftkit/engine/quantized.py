@@ -37,7 +37,8 @@ def loading_options(
     if quantization.is_stored:
         if "quantization_config" not in vars(config):
             stored = f"a checkpoint that stores them quantised ({quantization})"
-            raise LoadError(f"its weights are plain, and the adapter was trained on {stored}: name that one")
+            what = f"`{config.name_or_path}` has plain weights, and the adapter was trained on {stored}"
+            raise LoadError(f"{what}: name that one")
         if quantization.method == "bitsandbytes":
             stored = config.quantization_config
             stored |= {"llm_int8_skip_modules": [*(stored.get("llm_int8_skip_modules") or []), *quantization.skip_modules]}
@@ -118,7 +119,12 @@ def _quantize(model: PreTrainedModel, quantization: Quantization, device: torch.
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the layers that can be quantised."""
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    return [name for name, module in model.named_modules() if is_linear(module)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer can be quantised."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def is_skipped(name: str, quantization: Quantization) -> bool:

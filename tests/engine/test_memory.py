@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -20,8 +19,10 @@ from peftkit.engine import memory
 from peftkit.engine.fit import HOLES
 from peftkit.engine.heap import heap_peak
 from peftkit.engine.memory import MemoryPlan, plan_memory
+from peftkit.engine.model import base_of, load_base_model
 from peftkit.engine.optim import build_optimizer
-from peftkit.engine.stored import Stored, quantised_bytes, state_bytes
+from peftkit.engine.quantized import bitsandbytes_layers
+from peftkit.engine.stored import Stored, quantised_bytes, state_bytes, stored
 from peftkit.engine.survey import survey
 from peftkit.errors import RecipeError
 from peftkit.launch import Sharding, read_sharding
@@ -29,6 +30,7 @@ from peftkit.methods import METHODS
 from peftkit.plan import Hardware
 from peftkit.recipe import load_recipe
 from peftkit.recipe.fit import why_not
+from peftkit.recipe.quantization import Quantization
 from tests.conftest import label_rows, write_jsonl
 from tests.contracts.matrix import SETTINGS
 from tests.runs import tiny_recipe, train
@@ -67,12 +69,48 @@ def test_a_matrix_in_4_bits_is_as_large_as_predicted(double_quant: bool) -> None
     )
     inner = [state.state2.absmax, state.state2.code, state.offset] if double_quant else []
     held = [packed, state.absmax, state.code, *inner]
-    layout = SimpleNamespace(bits=4, double_quant=double_quant)
+    layout = Quantization("bitsandbytes", 4, double_quant=double_quant)
     assert quantised_bytes((512, 384), layout) == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def test_a_matrix_in_8_bits_has_a_scale_a_row() -> None:
-    assert quantised_bytes((512, 384), SimpleNamespace(bits=8)) == 512 * 384 + 4 * 512
+    assert quantised_bytes((512, 384), Quantization("bitsandbytes", 8)) == 512 * 384 + 4 * 512
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_a_matrix_of_hqq_is_as_large_as_predicted(bits: int, dtype: str) -> None:
+    quantize = pytest.importorskip("hqq.core.quantize")
+    settings = quantize.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
+    made = quantize.HQQLinear(nn.Linear(384, 512, bias=False), settings, compute_dtype=getattr(torch, dtype), device="cpu")
+    held = [made.W_q, made.meta["scale"], made.meta["zero"]]
+    layout = Quantization("hqq", bits, group_size=32, compute_dtype=dtype)
+    assert quantised_bytes((512, 384), layout) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def test_a_matrix_of_torchao_is_as_large_as_predicted() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    layers = nn.Sequential(nn.Linear(384, 512, bias=False))
+    quantization.quantize_(layers, quantization.Int8WeightOnlyConfig())
+    weight: Any = layers[0].weight
+    held = [weight.qdata, weight.scale, weight.zero_point]
+    assert quantised_bytes((512, 384), Quantization("torchao", 8)) == sum(part.numel() * part.element_size() for part in held)
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora"}, {"method": "lora", "modules_to_save": ["mlp"]}, {"method": "head"}])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_plan_quantises_what_loading_does(
+    models_dir: Path, tmp_path: Path, name: str, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "UNTRACEABLE", (ZeroDivisionError,))
+    if name == "bert" and "modules_to_save" in adapter:
+        adapter = adapter | {"modules_to_save": ["0.output"]}
+    model = {"name_or_path": str(models_dir / name), "quantization": {"bits": 4}}
+    task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
+    found = survey(load_recipe(tiny_recipe(task, models_dir, tmp_path, model=model, adapter=adapter)))
+    layers = bitsandbytes_layers(load_base_model(base_of(found.plan), found.data.encoding)[0])
+    assert len(stored(found.plan, found.blueprint.model).quantised) == len(list(layers)) > 0
+    assert plan_memory(found).how.startswith("traced")
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_a_plain_model_is_no_base_for_an_adapter_of_a_quantised_checkpoint(
     plain = models_dir / "llama"
     result = run_cli("merge", "--adapter", tmp_path / "run", "--base", plain, "--output", tmp_path / "merged")
     assert result.code == 7
-    assert f"the model `{plain}` cannot be loaded: its weights are plain" in result.err
+    assert f"`{plain}` has plain weights, and the adapter was trained on a checkpoint that stores them quantised" in result.err
 
 
 def test_a_library_that_is_too_old_for_a_checkpoint_is_named(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
