@@ -115,8 +115,11 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
     logits = _certificate_bytes(found, runtime)
     if evaluated := _evaluation(found, runtime):
         yield "evaluation", training | {"activations": evaluated.total}
-    if on_cpu:
-        yield "certificate", fixed | {"activations": logits, "overhead": overhead}
+    if size.certified:  # what processes share cannot be let go of by one of them
+        whole = training["weights"] + size.certified
+        yield "certificate", training | {"weights": whole, "activations": logits if on_cpu else 0}
+    elif on_cpu:
+        yield "certificate", fixed | {"activations": logits, "overhead": overhead + size.buckets}
 
 
 def _loading_bytes(plan: Plan, model: nn.Module, size: Stored) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +42,7 @@ class Stored:
         unquantised: bytes of those weights before they were.
         buckets: copies of gradients on their way to other processes.
         share: part of the gradients that this process keeps.
+        certified: what the certificate loads while this process still has its part of the model: a whole one.
     """
 
     weights: int
@@ -54,6 +56,7 @@ class Stored:
     unquantised: int = 0
     buckets: int = 0
     share: float = 1.0
+    certified: int = 0
 
     def gradient_share(self, gradients: int) -> int:
         """Bytes of gradients that are left of so many."""
@@ -62,16 +65,15 @@ class Stored:
     def shared(self, sharding: Sharding) -> Stored:
         """The same for one of several processes."""
         count, kind = sharding.num_processes, sharding.kind
-        if count == 1:
-            return self
         if kind == "ddp":
-            return dataclasses.replace(self, buckets=self.gradients)
+            return self if count == 1 else dataclasses.replace(self, buckets=self.gradients)
 
         def part(size: int, shares: bool) -> int:
             return math.ceil(size / count) if shares else size
 
         everything = kind in ("fsdp", "zero3")
-        weights = part(self.weights, everything) + 2 * self.largest_block * everything  # one in use, one on its way
+        gathered = 2 * self.largest_block if everything and count > 1 else 0  # one in use, one on its way
+        weights = part(self.weights, everything) + gathered
         return dataclasses.replace(
             self,
             weights=2 * self.largest_block if sharding.offloads_weights else weights,
@@ -80,6 +82,7 @@ class Stored:
             optimizer=0 if sharding.offloads_optimizer else part(self.optimizer, True),
             step_scratch=0 if sharding.offloads_optimizer else part(self.step_scratch, True),
             share=1.0 if kind == "zero1" else 1 / count,
+            certified=self.weights + self.adapter,
         )
 
 
@@ -203,12 +206,20 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _local_folder(base: Base) -> Path:
+    """The folder of a checkpoint, or for a name on the hub that of its files that are here already."""
+    if Path(base.path).is_dir():
+        return Path(base.path)
+    found = try_to_load_from_cache(base.path, "config.json", revision=base.revision)
+    return Path(found).parent if isinstance(found, str) else Path(base.path)
+
+
 def checkpoint_bytes(base: Base, dtype: str) -> int:
     """Bytes of a local checkpoint that loading reads beside the weights it makes of them.
 
     Weights of the same dtype are the file itself, mapped into memory; of others the file's are there as well.
     """
-    files = sorted(Path(base.path).glob("*.safetensors")) if base.init == "pretrained" else []
+    files = sorted(_local_folder(base).glob("*.safetensors")) if base.init == "pretrained" else []
     if not files:
         return 0
     try:

@@ -13,24 +13,26 @@ import bitsandbytes
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from peftkit.engine import memory
-from peftkit.engine.fit import HOLES
+from peftkit.engine.fit import HOLES, levers
 from peftkit.engine.heap import heap_peak
 from peftkit.engine.memory import MemoryPlan, plan_memory
-from peftkit.engine.model import base_of, load_base_model
+from peftkit.engine.model import Base, base_of, load_base_model
 from peftkit.engine.optim import build_optimizer
 from peftkit.engine.quantized import bitsandbytes_layers
-from peftkit.engine.stored import Stored, quantised_bytes, state_bytes, stored
+from peftkit.engine.stored import Stored, checkpoint_bytes, quantised_bytes, state_bytes, stored
 from peftkit.engine.survey import survey
 from peftkit.errors import RecipeError
-from peftkit.launch import Sharding, read_sharding
+from peftkit.launch import Sharding, read_sharding, worker_sharding
 from peftkit.methods import METHODS
 from peftkit.plan import Hardware
 from peftkit.recipe import load_recipe
 from peftkit.recipe.fit import why_not
 from peftkit.recipe.quantization import Quantization
+from peftkit.tasks import TASKS
 from tests.conftest import label_rows, write_jsonl
 from tests.contracts.matrix import SETTINGS
 from tests.runs import tiny_recipe, train
@@ -121,6 +123,8 @@ def test_the_plan_quantises_what_loading_does(
         (Sharding(2, "zero2"), (100, 8, 4, 8, 0)),
         (Sharding(2, "zero1"), (100, 8, 8, 8, 0)),
         (Sharding(2, "zero3", offloads_optimizer=True), (70, 4, 4, 0, 0)),
+        (Sharding(1, "zero2", offloads_optimizer=True), (100, 8, 8, 0, 0)),
+        (Sharding(1, "fsdp", True, True), (20, 8, 8, 0, 0)),
     ],
 )
 def test_processes_share_what_their_launch_says(sharding: Sharding, parts: tuple[int, ...]) -> None:
@@ -148,12 +152,71 @@ def test_processes_share_what_their_launch_says(sharding: Sharding, parts: tuple
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "offload_optimizer_device": "cpu"}},
             Sharding(1, "zero2", offloads_optimizer=True),
         ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "offload_param_device": "cpu"}},
+            Sharding(1, "zero2"),
+        ),
+        (
+            {
+                "distributed_type": "FSDP",
+                "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD", "fsdp_reshard_after_forward": True},
+            },
+            Sharding(1, "ddp"),
+        ),
     ],
 )  # fmt: skip
 def test_a_launch_file_says_how_processes_share(tmp_path: Path, facts: dict[str, Any], found: Sharding) -> None:
     path = tmp_path / "launch.yaml"
     path.write_text(yaml.safe_dump(facts), encoding="utf-8")
     assert read_sharding(None, path) == found
+
+
+def test_a_file_of_deepspeed_says_how_processes_share(tmp_path: Path) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    facts = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "zero.json")}}
+    path = tmp_path / "launch.yaml"
+    path.write_text(yaml.safe_dump(facts | {"num_processes": 2}), encoding="utf-8")
+    assert read_sharding(None, path) == Sharding(2, "zero3", offloads_weights=True)
+    (tmp_path / "zero.json").unlink()
+    with pytest.raises(RecipeError, match=r"deepspeed_config_file `.*` cannot be read as DeepSpeed's JSON"):
+        read_sharding(None, path)
+
+
+@pytest.mark.parametrize(("version", "kind"), [("1", "zero2"), ("2", "fsdp")])
+def test_a_worker_reads_what_its_version_of_fsdp_does(monkeypatch: pytest.MonkeyPatch, version: str, kind: str) -> None:
+    facts = {"VERSION": version, "SHARDING_STRATEGY": "SHARD_GRAD_OP", "RESHARD_AFTER_FORWARD": "true"}
+    for name, value in facts.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert worker_sharding(2).kind == kind
+
+
+def test_a_checkpoint_is_found_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(1000)}, snapshot / "model.safetensors")
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = Base("owner/name", TASKS["CAUSAL_LM"])
+    assert checkpoint_bytes(base, "bfloat16") > 4000
+    assert checkpoint_bytes(base, "float32") == 0
+
+
+def test_a_shared_model_is_certified_beside_itself(lm_recipe: dict[str, Any], write_recipe: Any) -> None:
+    path = write_recipe(lm_recipe)
+    alone, shared = plan_of(path, GPU), plan_of(path, GPU, sharding=Sharding(2, "zero2"))
+    whole = alone.phases["training"]["weights"] + alone.phases["training"]["adapter"]
+    assert shared.phases["certificate"]["weights"] == shared.phases["training"]["weights"] + whole
+    assert "certificate" not in plan_of(path, GPU, sharding=Sharding(2)).phases
+
+
+def test_nothing_is_proposed_that_the_recipe_has(lm_recipe: dict[str, Any], write_recipe: Any) -> None:
+    lm_recipe["training"] |= {"activation_offloading": True, "gradient_checkpointing": "selective"}
+    offered = [setting for lever in levers(survey(load_recipe(write_recipe(lm_recipe)), hardware=GPU)) for setting, _ in lever]
+    assert not [setting for setting in offered if "offloading" in setting or "checkpointing" in setting]
 
 
 def test_a_launch_file_that_is_none_is_refused(tmp_path: Path) -> None:
