@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -279,6 +280,18 @@ def test_quantised_weights_are_counted_as_they_lie(lm_recipe: dict[str, Any], wr
     planned = plan_of(write_recipe(lm_recipe), GPU)
     assert planned.how.startswith("traced")
     assert planned.phases["training"]["weights"] < plain
+
+
+def test_loading_holds_the_model_that_quantising_starts_from(lm_recipe: dict[str, Any], write_recipe: Any) -> None:
+    def loading(quantization: Quantization, init: str) -> int:
+        lm_recipe["model"] |= {"init": init, "quantization": {"bits": 4}}
+        found = survey(load_recipe(write_recipe(lm_recipe)))
+        plan, model = dataclasses.replace(found.plan, quantization=quantization), found.blueprint.model
+        return memory._loading_bytes(plan, model, stored(plan, model))
+
+    nf4, hqq = Quantization("bitsandbytes", 4), Quantization("hqq", 4, group_size=32, compute_dtype="float32")
+    assert loading(nf4, "pretrained") == 0
+    assert loading(nf4, "random") > loading(hqq, "random") > 4 * 2 * 32 * 32  # embeddings too; the layers alone
 
 
 TRACED = [method for method in METHODS if not METHODS[method].num_tasks_field and method != "xlora"]
