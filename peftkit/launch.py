@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -54,10 +55,13 @@ def read_sharding(processes: int | None, config: Path | None) -> Sharding:
     count = processes or facts.get("num_processes") or 1
     if facts.get("distributed_type") == "FSDP":
         settings = facts.get("fsdp_config") or {}
-        whole = settings.get("fsdp_reshard_after_forward", settings.get("fsdp_sharding_strategy", True))
-        return _fsdp(count, str(whole), str(settings.get("fsdp_offload_params", False)))
+        names = _fsdp_names(str(settings.get("fsdp_version", 1)))
+        whole = next((str(settings[name]) for name in names if name in settings), "true")
+        return _fsdp(count, whole, str(settings.get("fsdp_offload_params", False)))
     if facts.get("distributed_type") == "DEEPSPEED":
         settings = facts.get("deepspeed_config") or {}
+        if file := settings.get("deepspeed_config_file"):
+            return _zero_of_file(count, file)
         away = [str(settings.get(f"offload_{what}_device") or "none") for what in ("optimizer", "param")]
         return _zero(count, str(settings.get("zero_stage", 2)), *away)
     return Sharding(count)
@@ -102,9 +106,13 @@ def worker_sharding(processes: int) -> Sharding:
     """How this process, which accelerate's launcher started, shares with the others."""
     facts = os.environ
     if facts.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        whole = facts.get("FSDP_RESHARD_AFTER_FORWARD") or facts.get("FSDP_SHARDING_STRATEGY") or "true"
+        names = _fsdp_names(facts.get("FSDP_VERSION", "1"))
+        stated = [facts.get(name.upper(), "") for name in names]  # the launcher sets both, and "None" where nothing was said
+        whole = next((text for text in stated if text.lower() not in ("", "none")), "true")
         return _fsdp(processes, whole, facts.get("FSDP_OFFLOAD_PARAMS", "false"))
     if facts.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        if (file := facts.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
+            return _zero_of_file(processes, file)
         away = [facts.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") or "none" for what in ("OPTIMIZER", "PARAM")]
         return _zero(processes, facts.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or "2", *away)
     return Sharding(processes)
@@ -118,7 +126,26 @@ def _fsdp(count: int, whole: str, offloads: str) -> Sharding:
 
 def _zero(count: int, stage: str, optimizer: str, weights: str) -> Sharding:
     kinds: dict[str, Any] = {"1": "zero1", "2": "zero2", "3": "zero3"}
-    return Sharding(count, kinds.get(stage, "ddp"), optimizer != "none", weights != "none")
+    # weights are offloaded at stage 3 alone, the only one that shares them out
+    return Sharding(count, kinds.get(stage, "ddp"), optimizer != "none", weights != "none" and stage == "3")
+
+
+def _zero_of_file(count: int, path: str) -> Sharding:
+    """What a file of DeepSpeed's own says."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization") or {}
+        away = [str((settings.get(f"offload_{what}") or {}).get("device") or "none") for what in ("optimizer", "param")]
+        return _zero(count, str(settings.get("stage", 0)), *away)
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"--launch: its deepspeed_config_file `{path}` cannot be read as DeepSpeed's JSON: {error}"
+        ) from error
+
+
+def _fsdp_names(version: str) -> tuple[str, str]:
+    """The keys that say whether weights are shared out too, the one that this version of FSDP reads first."""
+    names = ("fsdp_reshard_after_forward", "fsdp_sharding_strategy")
+    return names if version == "2" else (names[1], names[0])
 
 
 def check_launch(processes: int | None, config: Path | None) -> None:

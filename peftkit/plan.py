@@ -145,7 +145,24 @@ def quantized(plan: Plan, quantization: Quantization | None) -> Plan:
             choices = (*choices, Choice("model.quantization.compute_dtype", dtype, reason))
     if problems := list(_quantization_problems(plan, quantization, stated)):
         raise RecipeError([Problem("", key, what) for key, what in problems])
-    return dataclasses.replace(plan, quantization=quantization, choices=choices)
+    plan = dataclasses.replace(plan, quantization=quantization, choices=choices)
+    return _in_float16(plan) if quantization.method == "awq" and plan.hardware.device == "cuda" else plan
+
+
+def _in_float16(plan: Plan) -> Plan:
+    """The plan with float16 where it was free to take bfloat16: transformers (5.23) loads AWQ in no bfloat16 on a GPU."""
+    decided = {"model.dtype": "float16", "training.mixed_precision": "fp16"}
+    found = {"model.dtype": plan.dtype, "training.mixed_precision": plan.mixed_precision}
+    taken = {key: value for key, value in decided.items() if found[key] in ("bfloat16", "bf16")}
+    free = {choice.key for choice in plan.choices}
+    if stated := [key for key in taken if key not in free]:
+        what = "AWQ layers know no bfloat16 on a GPU, and would be loaded in float16"
+        raise RecipeError([Problem("", key, f"is {found[key]}, but {what}; use {taken[key]}") for key in stated])
+    choices = [choice for choice in plan.choices if choice.key not in taken]
+    choices += [Choice(key, value, "AWQ layers know no bfloat16 on a GPU") for key, value in taken.items()]
+    dtype, precision = ("float16" if "model.dtype" in taken else plan.dtype), plan.mixed_precision
+    precision = "fp16" if "training.mixed_precision" in taken else precision
+    return dataclasses.replace(plan, dtype=dtype, mixed_precision=precision, choices=tuple(choices))
 
 
 def _choose_compute_dtype(plan: Plan) -> tuple[str, str]:

@@ -286,8 +286,7 @@ def resolved_yaml(plan: Plan) -> str:
     """The recipe with every value that has an effect, paths absolute, `auto` decided: a valid recipe again."""
     data = plan.recipe.model_dump(mode="json")
     data["model"]["dtype"] = plan.dtype
-    if data["model"]["quantization"] is not None and plan.quantization is not None:
-        data["model"]["quantization"]["compute_dtype"] = plan.quantization.compute_dtype
+    data["model"]["quantization"] = _resolved_quantization(plan)
     data["training"] |= {
         "mixed_precision": plan.mixed_precision,
         "micro_batch_size": plan.micro_batch_size,
@@ -309,6 +308,15 @@ def resolved_yaml(plan: Plan) -> str:
         (data.get(section) or {} if section else data).pop(name, None)
     _make_absolute(data, plan.recipe_dir)
     return yaml.dump(data, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
+
+
+def _resolved_quantization(plan: Plan) -> dict[str, Any] | None:
+    section, found = plan.recipe.model.quantization, plan.quantization
+    if section is None or found is None:
+        return None
+    # Defaults of the schema need not be what a checkpoint has that is quantised already.
+    stated = section.model_dump(mode="json", include=section.model_fields_set if found.is_stored else None)
+    return stated | ({"compute_dtype": found.compute_dtype} if found.computes_in or not found.is_stored else {})
 
 
 class _RecipeDumper(yaml.SafeDumper):

@@ -7,8 +7,8 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.guard import explain_exhaustion, memory_text
-from peftkit.engine.loaded import load_adapter
-from peftkit.engine.merge import merge_adapter
+from peftkit.engine.loaded import CPU, load_adapter
+from peftkit.engine.merge import check_mergeable, merge_adapter
 from peftkit.errors import RecipeError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -18,9 +18,10 @@ def merge(adapter: Path, base: str | None, output: Path, dtype: str) -> dict[str
     """Merge, compare, write; returns what `--json` prints."""
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype: `{dtype}` is not allowed; it takes {' | '.join(DTYPES)}")
+    check_mergeable(adapter, base, output)
     more = ["a machine with more memory: the base is held twice in float32, 8 bytes a parameter"]
     with explain_exhaustion(lambda: memory_text("while merging", more)):
-        return merge_adapter(load_adapter(adapter, base), output, dtype)
+        return merge_adapter(load_adapter(adapter, base, CPU), output, dtype)
 
 
 def print_merge(result: dict[str, Any]) -> None:

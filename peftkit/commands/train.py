@@ -15,7 +15,7 @@ from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.facts import facts_of, write_model_card
 from peftkit.engine.guard import explain_exhaustion, release, training_memory_text
-from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
+from peftkit.engine.hardware import WHOLE_MODELS, peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
@@ -162,7 +162,7 @@ def _save_and_certify(found: Survey, trainer: Trainer, untrained: Any, metrics: 
     with uncompiled(model):
         reference = reference_logits(model, trainer.runtime, rows, plan.mixed_precision)
     save_adapter(folder, model, found.tokenizer, facts, untrained, data.renderings)
-    if trainer.accelerator.num_processes == 1:
+    if trainer.accelerator.distributed_type in WHOLE_MODELS:
         release(model, trainer.optimizer.optimizer)
     certificate = certify(folder, reference, facts, trainer.runtime, rows)
     write_model_card(folder, facts, metrics, certificate)

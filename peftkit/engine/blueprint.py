@@ -19,6 +19,7 @@ from peftkit.engine.quantizing import quantization_notes
 from peftkit.engine.targets import count_matches, fused_experts
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Plan
+from peftkit.recipe.quantization import why_not_plain
 from peftkit.tasks.encoding import Encoding
 
 
@@ -126,6 +127,7 @@ def _expert_notes(plan: Plan, model: PreTrainedModel) -> list[str]:
 def _notes(plan: Plan, adapted: nn.Module, tied: bool, missing: set[str]) -> list[str]:
     notes = []
     reason = plan.method.not_mergeable or plan.method.not_mergeable_with(plan.recipe.adapter)
+    reason = reason or why_not_plain(plan.quantization)
     if reason:
         notes.append(f"the adapter cannot be merged: {reason}")
     if isinstance(adapted, peft.PeftModel) and tied:

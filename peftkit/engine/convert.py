@@ -15,36 +15,62 @@ from safetensors.torch import save_file
 
 from peftkit.engine.adapter import adapter_state
 from peftkit.engine.certify import largest_difference, reference_logits, scale_of
-from peftkit.engine.facts import FACTS, TENSORS
-from peftkit.engine.loaded import LoadedAdapter, with_full_weights
-from peftkit.engine.merge import probe_examples
+from peftkit.engine.facts import FACTS, TENSORS, read_facts
+from peftkit.engine.loaded import LoadedAdapter, adapter_folder, with_full_weights
+from peftkit.engine.merge import check_output, probe_examples, stored_layers
 from peftkit.engine.model import load_base_model, set_pad_token
 from peftkit.engine.quantized import compute_in_float32
 from peftkit.engine.store import load_into
 from peftkit.errors import RecipeError
 from peftkit.methods import METHODS
+from peftkit.recipe.quantization import why_not_plain
 from peftkit.run import new_folder, write_json
 
 _COPIED = ("generation_config.json",)
+
+
+def check_convertible(path: Path, base: str | None, output: Path) -> None:
+    """Refuse what is known to be impossible before a weight is loaded.
+
+    Args:
+        path: run directory or adapter folder.
+        base: base model, where the one that the adapter names cannot be found.
+        output: folder to write; must not exist or be empty.
+
+    Raises:
+        RecipeError: the method cannot be converted, the base has no full weights, or `output` is not empty.
+        LoadError: there is no adapter.
+    """
+    check_output(output)
+    folder = adapter_folder(path)
+    facts = read_facts(folder, base)
+    known = METHODS.get(facts.method)
+    if known is not None and not known.to_lora:
+        raise _unable(facts.method)
+    if reason := why_not_plain(stored_layers(folder, facts)):
+        raise RecipeError(f"--adapter: it cannot be turned into a LoRA: {reason}")
+
+
+def _unable(method: str) -> RecipeError:
+    able = ", ".join(name for name, item in METHODS.items() if item.to_lora)
+    return RecipeError(f"--adapter: a {method} adapter cannot be turned into a LoRA; these can: {able}")
 
 
 def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[str, Any]:
     """Write a LoRA adapter folder that does nearly what an adapter of another method does.
 
     Args:
-        loaded: the adapter.
-        output: folder to write; must not exist or be empty.
+        loaded: the adapter, on the CPU.
+        output: folder to write.
         rank: rank of every layer, or below 1 the share of the update's energy (squared singular values) to keep.
 
     Returns:
         `output`, `rank_min`, `rank_max`, `max_abs_diff` and `relative_diff` of the logits.
 
     Raises:
-        RecipeError: the method cannot be converted, or `output` is not empty.
+        RecipeError: the adapter cannot be converted.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(f"--output {output}: is not empty; name a new folder")
-    model: Any = compute_in_float32(loaded.model.to("cpu"))
+    model: Any = compute_in_float32(loaded.model)
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
     reference = reference_logits(model, loaded.runtime, examples)
     if loaded.is_quantized:
@@ -59,9 +85,10 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
         for name in _COPIED:
             if (loaded.folder / name).is_file():
                 shutil.copyfile(loaded.folder / name, folder / name)
-        base, missing = load_base_model(facts.base_model(folder), loaded.runtime.settings)
+        source = dataclasses.replace(facts.base_model(folder), device=loaded.device)
+        base, missing = load_base_model(source, loaded.runtime.settings)
         set_pad_token(base, loaded.runtime.tokenizer)
-        onto = compute_in_float32(load_into(base, folder, "lora", missing).to("cpu"))
+        onto = compute_in_float32(load_into(base, folder, "lora", missing))
         converted = reference_logits(onto, loaded.runtime, examples)
     difference = largest_difference(reference, converted)
     ranks = [tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name]
@@ -71,10 +98,8 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
 
 def _as_lora(model: Any, method: str, rank: float) -> tuple[Any, dict[str, torch.Tensor]]:
     """Config and tensors of the LoRA, the modules that were trained whole among them."""
-    known = METHODS.get(method)
-    if not isinstance(model, PeftModel) or (known is not None and not known.to_lora):
-        able = ", ".join(name for name, item in METHODS.items() if item.to_lora)
-        raise RecipeError(f"--adapter: a {method} adapter cannot be turned into a LoRA; these can: {able}")
+    if not isinstance(model, PeftModel):
+        raise _unable(method)
     old = model.active_peft_config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

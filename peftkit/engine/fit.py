@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftkit.engine.blueprint import draw_blueprint
+from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.fast import find_fast_paths, taken
 from peftkit.engine.largest import largest_pass
 from peftkit.engine.memory import MemoryPlan, phases_of, trace_step
 from peftkit.engine.quantizing import settle_quantization
+from peftkit.engine.savings import Checkpointing
 from peftkit.engine.stored import stored
 from peftkit.engine.survey import Survey
 from peftkit.engine.trace import Held
@@ -20,7 +21,6 @@ from peftkit.errors import PeftkitError
 from peftkit.launch import Sharding
 from peftkit.plan import Hardware, make_plan
 from peftkit.recipe import LoadedRecipe, load_recipe
-from peftkit.recipe.schema import ModelSection, TrainingSection
 
 # Of a GPU's memory, what a run cannot use: CUDA's context, and holes in what the allocator has reserved. PEFT's published runs
 # reserved up to 9% more than we find allocated (docs/memory.md).
@@ -28,6 +28,7 @@ CONTEXT_BYTES = 512 * 2**20
 HOLES = 1.09
 MOST_PROPOSALS = 5
 
+_Base = tuple[str, str, bool]  # what blueprints differ by: dtype, quantisation, and whether lora_A is frozen
 Setting = tuple[str, float]  # a `--set` argument and how much longer a step takes with it, very roughly
 
 
@@ -90,21 +91,19 @@ def levers(found: Survey) -> list[list[Setting]]:
     plan, training = found.plan, found.plan.recipe.training
     halves = [plan.micro_batch_size // 2**power for power in range(1, 12) if plan.micro_batch_size >> power]
     micro = [(f"training.micro_batch_size={size}", 1 + 0.02 * number) for number, size in enumerate(halves, 1)]
-    checkpointing: list[Setting] = [("training.gradient_checkpointing=true", 1.3)]
-    if "selective" in str(TrainingSection.model_fields["gradient_checkpointing"].annotation):
-        checkpointing.insert(0, ("training.gradient_checkpointing=selective", 1.15))
+    checkpointing = [("training.gradient_checkpointing=selective", 1.15), ("training.gradient_checkpointing=true", 1.3)]
     return [
         micro,
         [] if training.gradient_checkpointing else checkpointing,
         [("training.optim=adamw_bnb_8bit", 1.05)] if training.optim.startswith("adamw_torch") else [],
-        [("training.activation_offloading=true", 1.25)] if "activation_offloading" in TrainingSection.model_fields else [],
+        [] if training.activation_offloading else [("training.activation_offloading=true", 1.25)],
         [("model.dtype=bfloat16", 1.01)] if plan.dtype == "float32" and not plan.method.stands_alone else [],
         _bases(found),
     ]
 
 
 def _bases(found: Survey) -> list[Setting]:
-    if "quantization" not in ModelSection.model_fields or getattr(found.plan.recipe.model, "quantization", None):
+    if found.plan.quantization is not None:
         return []
     bases = {"8bit": ("model.quantization={bits: 8}", 1.35), "4bit": ("model.quantization={bits: 4}", 1.4)}
     return [setting for name, setting in bases.items() if name in found.plan.method.quantizations]
@@ -140,8 +139,8 @@ class _Search:
 
     def __init__(self, loaded: LoadedRecipe, found: Survey, sharding: Sharding) -> None:
         self.loaded, self.found, self.sharding = loaded, found, sharding
-        self.blueprints: dict[Any, Any] = {}
-        self.held: dict[Any, Held] = {}
+        self.blueprints: dict[_Base, Blueprint] = {}
+        self.held: dict[tuple[_Base, int, Checkpointing, bool], Held] = {}
 
     def fits(self, chosen: tuple[Setting, ...]) -> bool:
         """Whether settings are allowed and enough; unknown counts as yes."""
@@ -154,7 +153,7 @@ class _Search:
         try:
             changed = load_recipe(self.loaded.path, [*self.loaded.overrides, *settings])
             plan = settle_quantization(make_plan(changed, self.found.plan.hardware))
-            base = (plan.dtype, str(getattr(plan.recipe.model, "quantization", None)), plan.recipe.training.optim == "lorafa")
+            base = (plan.dtype, str(plan.quantization), plan.recipe.training.optim == "lorafa")
             if base not in self.blueprints:
                 outputs = self.found.data.encoding.num_outputs
                 self.blueprints[base] = draw_blueprint(plan, outputs, self.found.tokenizer)
@@ -165,11 +164,10 @@ class _Search:
             return None
         return Proposal(settings, total, needed_bytes(total), round(_time(chosen), 2))
 
-    def _total(self, found: Survey, base: Any) -> int:
+    def _total(self, found: Survey, base: _Base) -> int:
         plan, model, training = found.plan, found.blueprint.model, found.plan.recipe.training
-        offloads = getattr(training, "activation_offloading", False)
         runtime = plan.task.runtime(found.tokenizer, found.data.encoding)
-        key = (base, plan.micro_batch_size, training.gradient_checkpointing, offloads)
+        key = (base, plan.micro_batch_size, training.gradient_checkpointing, training.activation_offloading)
         if key not in self.held:
             with taken(plan, model):
                 batch, passes = largest_pass(plan, found.data, model, runtime)

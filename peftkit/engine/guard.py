@@ -83,9 +83,17 @@ def _file_of(error: Exception) -> str:
 
 
 def release(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let go of the weights of a model and of its optimizer's state: the certificate has the memory to itself."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.grad, tensor.data = None, tensor.data.new_empty(0)
+    """Let go of the weights of a model, which is no model afterwards, and of its optimizer's state.
+
+    Its modules are emptied rather than their tensors: quantised layers keep weights in places of their own, and not every
+    kind of tensor has an empty one. What is trained the optimizer and DDP hold as well; these tensors are emptied.
+    """
+    for parameter in model.parameters():
+        parameter.grad = None
+        if parameter.requires_grad:
+            parameter.data = parameter.data.new_empty(0)
+    for module in list(model.modules()):
+        vars(module).clear()
     optimizer.state.clear()
 
 

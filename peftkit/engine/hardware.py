@@ -10,10 +10,13 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType
 
 from peftkit.plan import Hardware, Plan
 from peftkit.run import Run
+
+# Ways to train where each process has a model and an optimizer of its own: alone, and by DDP.
+WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def detect_hardware() -> Hardware:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from peftkit.methods.base import Layers
+
 _aten = torch.ops.aten
 
 # Functions that autocast runs in 16 bits, and those that it runs in float32 (torch 2.13, docs/source/amp.md).
@@ -81,13 +83,13 @@ class Kernels:
         device: torch device type.
         masks: whether attention takes a mask; flash attention goes without.
         quantised: ids of weights that lie quantised, and are multiplied by way of a copy that is not.
-        bits: of those weights.
+        layers: what kind of layers hold them.
     """
 
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     masks: bool = True
     quantised: frozenset[int] = frozenset()
-    bits: int = 16
+    layers: Layers = "4bit"
 
     @property
     def block_bytes(self) -> int:
@@ -195,25 +197,27 @@ class _Fused(torch.autograd.Function):
 
 
 def quantised_linear(kernels: Kernels, input: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
-    """`linear` with a weight that bitsandbytes has quantised; arguments as there."""
-    result: torch.Tensor = _Dequantised.apply(input, weight, bias, kernels.bits)
+    """`linear` with a weight that is quantised; arguments as there."""
+    result: torch.Tensor = _WAYS.get(kernels.layers, _Dequantised).apply(input, weight)
     return result
 
 
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Room for the product of an input (..., inputs) and a weight (outputs, inputs)."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 class _Dequantised(torch.autograd.Function):
-    """Multiplies with a copy of the weight in 16 bits or more, made for the moment, here and in the backward pass."""
+    """4 bits: a copy of the weight in 16 bits or more, made for the moment, here and in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        """The product of (input, weight, bias, bits)."""
-        x, weight, _, bits = inputs
-        copy = torch.empty_like(weight, dtype=x.dtype) if bits == 4 else x.new_empty(x.shape, dtype=torch.int8)
-        # With 8 bits the products are integers first, and the input is kept (bitsandbytes 0.50, MatMul8bitLt).
-        sums = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.int32) if bits == 8 else None
-        ctx.save_for_backward(x if bits == 8 else None)
+        """The product of (input, weight)."""
+        x, weight = inputs
+        copy = torch.empty_like(weight, dtype=x.dtype)
         ctx.weight, ctx.shape, ctx.dtype = weight, x.shape, x.dtype
-        result = x.new_empty(*x.shape[:-1], weight.shape[0])
-        del copy, sums
+        result = _product(x, weight)
+        del copy
         return result
 
     @staticmethod
@@ -222,4 +226,78 @@ class _Dequantised(torch.autograd.Function):
         copy = torch.empty_like(ctx.weight, dtype=ctx.dtype)
         result = gradients[0].new_empty(ctx.shape, dtype=ctx.dtype)
         del copy
-        return result, None, None, None
+        return result, None
+
+
+class _Integers(_Dequantised):
+    """8 bits of bitsandbytes: integers are multiplied, and the input is kept (0.50, MatMul8bitLt)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        """The product of (input, weight)."""
+        x, weight = inputs
+        copy = x.new_empty(x.shape, dtype=torch.int8)
+        sums = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.int32)
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.shape, ctx.dtype = weight, x.shape, x.dtype
+        result = _product(x, weight)
+        del copy, sums
+        return result
+
+
+class _KeptCopy(torch.autograd.Function):
+    """torchao: the copy of the weight is kept for the backward pass (0.18, Int8Tensor), the scales come after the product."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        """The product of (input, weight)."""
+        x, weight = inputs
+        copy = torch.empty_like(weight, dtype=x.dtype)
+        ctx.save_for_backward(copy)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        unscaled = _product(x, weight)
+        result = _product(x, weight)
+        del unscaled
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of the input."""
+        _ = ctx.saved_tensors
+        scaled = torch.empty_like(gradients[0])
+        result = gradients[0].new_empty(ctx.shape, dtype=ctx.dtype)
+        del scaled
+        return result, None
+
+
+class _Hqq(torch.autograd.Function):
+    """HQQ: the input is kept, and a copy is made in three steps, each of the weight's size (0.2.8, Quantizer.dequantize)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        """The product of (input, weight)."""
+        x, weight = inputs
+        copy = _in_three_steps(weight, x.dtype)
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        result = _product(x, weight)
+        del copy
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of the input."""
+        (x,) = ctx.saved_tensors
+        copy = _in_three_steps(ctx.weight, x.dtype)
+        result = torch.empty_like(x)
+        del copy
+        return result, None
+
+
+def _in_three_steps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Unpacked, without the zero, times the scale."""
+    steps = [torch.empty_like(weight, dtype=dtype) for _ in range(3)]
+    return steps[-1]
+
+
+_WAYS: dict[str, Any] = {"8bit": _Integers, "torchao": _KeptCopy, "hqq": _Hqq}

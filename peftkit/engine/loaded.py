@@ -28,6 +28,8 @@ from peftkit.tasks.base import Task
 from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import Runtime
 
+CPU = torch.device("cpu")  # where adapters are merged and converted, on machines with a GPU too
+
 
 @dataclass(frozen=True)
 class LoadedAdapter:
@@ -114,12 +116,13 @@ def adapter_folder(path: Path) -> Path:
     return path
 
 
-def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
+def load_adapter(path: Path, base: str | None = None, device: torch.device | None = None) -> LoadedAdapter:
     """Load an adapter and its base.
 
     Args:
         path: run directory or adapter folder.
         base: base model, where the one that the adapter names cannot be found.
+        device: where the model shall be; None: on this machine's device. Quantised layers cannot all move later.
 
     Raises:
         LoadError: something is missing or does not fit.
@@ -131,7 +134,7 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
         raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
     _require_own_virtual_tokens(folder, facts)
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
-    source = facts.base_model(folder)
+    source = dataclasses.replace(facts.base_model(folder), device=device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     try:
         if Path(source.path).is_absolute() and not Path(source.path).is_dir():
@@ -147,17 +150,16 @@ def load_adapter(path: Path, base: str | None = None) -> LoadedAdapter:
         encoding = dataclasses.replace(encoding, max_length=limit)
     adapted: Any = load_into(model, folder, facts.method, missing)
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
-    device = Accelerator().device
+    device = device or Accelerator().device
     return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)
 
 
 def with_full_weights(loaded: LoadedAdapter) -> nn.Module:
     """The same adapter on the weights that its quantised base stands for, freshly loaded, on the CPU in float32."""
-    source = loaded.facts.base_model(loaded.folder)
+    source = dataclasses.replace(loaded.facts.base_model(loaded.folder), device=CPU)
     base, missing = load_base_model(source, loaded.runtime.settings)
     set_pad_token(base, loaded.runtime.tokenizer)
-    plain = dequantized(base).to("cpu")
-    return load_into(plain, loaded.folder, loaded.facts.method, missing).float()
+    return load_into(dequantized(base), loaded.folder, loaded.facts.method, missing).float()
 
 
 def _require_own_virtual_tokens(folder: Path, facts: AdapterFacts) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.blueprint import draw_blueprint
@@ -24,7 +23,7 @@ from peftkit.engine.hooks import hook
 from peftkit.engine.kernels import Kernels
 from peftkit.engine.largest import largest_evaluation, largest_pass
 from peftkit.engine.model import base_of, load_config, set_pad_token
-from peftkit.engine.savings import Checkpointing, checkpoint_layers
+from peftkit.engine.savings import Checkpointing, Offload, checkpoint_layers
 from peftkit.engine.step import Step
 from peftkit.engine.stored import Stored, checkpoint_bytes, stored
 from peftkit.engine.survey import Survey
@@ -104,7 +103,7 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
     overhead = found.resident_bytes + _LATER_BYTES if on_cpu else _WORKSPACE_BYTES
     fixed = {"weights": size.weights, "adapter": size.adapter}
     if on_cpu:
-        yield "loading", fixed | {"overhead": overhead + checkpoint_bytes(base_of(plan), plan.dtype)}
+        yield "loading", fixed | {"overhead": overhead + _loading_bytes(plan, found.blueprint.model, size)}
     training = fixed | {"optimizer": size.optimizer, "overhead": overhead + size.buckets}
     yield (
         "training",
@@ -116,8 +115,23 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
     logits = _certificate_bytes(found, runtime)
     if evaluated := _evaluation(found, runtime):
         yield "evaluation", training | {"activations": evaluated.total}
-    if on_cpu:
-        yield "certificate", fixed | {"activations": logits, "overhead": overhead}
+    if size.certified:  # what processes share cannot be let go of by one of them
+        whole = training["weights"] + size.certified
+        yield "certificate", training | {"weights": whole, "activations": logits if on_cpu else 0}
+    elif on_cpu:
+        yield "certificate", fixed | {"activations": logits, "overhead": overhead + size.buckets}
+
+
+def _loading_bytes(plan: Plan, model: nn.Module, size: Stored) -> int:
+    """What loading holds beside the weights as they lie: the file's, and those that are quantised once there."""
+    of_file, quantization = checkpoint_bytes(base_of(plan), plan.dtype), plan.quantization
+    if quantization is None or quantization.is_stored:
+        return of_file
+    if quantization.method != "bitsandbytes":
+        return of_file + size.unquantised
+    if plan.recipe.model.init == "random":  # the random model is saved, and loaded again
+        return sum(weight.numel() * weight.element_size() for weight in model.parameters() if not weight.requires_grad)
+    return of_file
 
 
 def trace_step(found: Survey, runtime: Runtime, batch: Batch, *, accumulates: bool) -> tuple[Held, str]:
@@ -180,12 +194,11 @@ def training_loss(
 
 def kernels_of(plan: Plan, model: nn.Module) -> Kernels:
     """How the device of a plan computes this model."""
-    quantised = stored(plan, model).quantised
     return Kernels(
         plan.hardware.device,
         masks=not str(plan.recipe.model.attn_implementation).startswith("fl"),  # flash and flex attention take none
-        quantised=frozenset(quantised),
-        bits=plan.quantization.bits if plan.quantization else 16,
+        quantised=frozenset(stored(plan, model).quantised),
+        layers=plan.quantization.layers if plan.quantization else "4bit",
     )
 
 
@@ -198,11 +211,10 @@ def _as_it_trains(plan: Plan, model: nn.Module, batch: Batch) -> Iterator[Batch]
         base.set_attn_implementation("sdpa")
         batch = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
     training = plan.recipe.training
-    offloads = bool(getattr(training, "activation_offloading", False))
     with (
         autocast_like(model, plan.mixed_precision),
         _checkpointing(base, training.gradient_checkpointing),
-        _offloading(base, offloads),
+        _offloading(base, training.activation_offloading),
     ):
         try:
             yield batch
@@ -226,23 +238,25 @@ def autocast_like(model: nn.Module, precision: str) -> Iterator[None]:
         yield
 
 
+class Away(Offload):
+    """What training moves away, on shapes: they are gone until they are asked for."""
+
+    def move_out(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Forget a tensor; returns what makes one like it."""
+        if not tensor.is_meta:
+            return lambda: tensor
+        shape, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
+        return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
 @contextlib.contextmanager
 def _offloading(base: nn.Module, wanted: bool) -> Iterator[None]:
     """Large tensors that the base model's forward pass saves wait elsewhere until the backward pass asks for them."""
-    own = {id(parameter) for parameter in base.parameters()}
-
-    def pack(tensor: torch.Tensor) -> Any:
-        leaves = tensor.is_meta and id(tensor) not in own and tensor.numel() * tensor.element_size() >= 2**20
-        return (tensor.shape, tensor.stride(), tensor.dtype) if leaves else tensor
-
-    def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        return torch.empty_strided(packed[0], packed[1], dtype=packed[2], device="meta")
+    offload = Away(base.parameters())
 
     def away(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with saved_tensors_hooks(pack, unpack):
+            with offload.context():
                 return forward(*args, **kwargs)
 
         return run
@@ -256,11 +270,14 @@ def _wrapped(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[...
     if wrap is None:
         yield
         return
+    before = vars(model).get("forward")  # of a context around this one; else the class has its own
     model.forward = wrap(model.forward)
     try:
         yield
     finally:
-        del model.forward  # the class has its own
+        del model.forward
+        if before is not None:
+            model.forward = before
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import warnings
@@ -10,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
+from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.guard import raise_if_exhausted
-from peftkit.engine.loaded import LoadedAdapter, with_full_weights
-from peftkit.engine.model import Base, load_base_model, read_tokenizer, set_pad_token
+from peftkit.engine.loaded import LoadedAdapter, adapter_folder, with_full_weights
+from peftkit.engine.model import Base, first_line, load_base_model, load_config, read_tokenizer, set_pad_token
 from peftkit.engine.modules import with_conv1d
 from peftkit.engine.parity import RENDERINGS, check_renderings
 from peftkit.engine.quantized import compute_in_float32
-from peftkit.errors import CertificateError, RecipeError
+from peftkit.errors import CertificateError, LoadError, RecipeError
 from peftkit.methods import METHODS
+from peftkit.recipe.quantization import Quantization, stored_quantization, why_not_plain
 from peftkit.run import new_folder
 from peftkit.tasks.base import Task
 from peftkit.tasks.example import Example, Runtime
@@ -34,29 +37,76 @@ def probe_examples(runtime: Runtime, task: Task, max_length: int) -> list[Exampl
     return [example for row in cut.probe_rows() for example in cut.encode(row, "probe")]
 
 
+def check_mergeable(path: Path, base: str | None, output: Path) -> None:
+    """Refuse what is known to be impossible before a weight is loaded.
+
+    Args:
+        path: run directory or adapter folder.
+        base: base model, where the one that the adapter names cannot be found.
+        output: folder to write; must not exist or be empty.
+
+    Raises:
+        RecipeError: the adapter cannot be merged, or `output` is not empty.
+        LoadError: there is no adapter.
+    """
+    check_output(output)
+    folder = adapter_folder(path)
+    facts = read_facts(folder, base)
+    known = METHODS.get(facts.method)
+    if known and known.not_mergeable:
+        raise RecipeError(f"--adapter: a {facts.method} adapter cannot be merged: {known.not_mergeable}")
+    reason = known.not_mergeable_with(_peft_config(folder)) if known and known.in_peft else ""
+    if reason := reason or why_not_plain(stored_layers(folder, facts)):
+        raise RecipeError(f"--adapter: this adapter cannot be merged: {reason}")
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        RecipeError: it does.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(f"--output {output}: is not empty; name a new folder")
+
+
+def _peft_config(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"the adapter {folder} cannot be loaded: {first_line(error)}") from error
+
+
+def stored_layers(folder: Path, facts: AdapterFacts) -> Quantization | None:
+    """How the base of an adapter is quantised: as it was trained, or for an adapter of plain PEFT as its checkpoint is."""
+    if facts.quantization is not None:
+        return facts.quantization
+    with contextlib.suppress(LoadError):  # loading will say where to look for the base
+        raw = getattr(load_config(facts.base_model(folder)), "quantization_config", None)
+        return stored_quantization({"quantization_config": raw})
+    return None
+
+
 def merge_adapter(loaded: LoadedAdapter, output: Path, dtype: str) -> dict[str, Any]:
     """Merge in float32, compare, cast, save, load again with plain transformers, compare again.
 
     On a quantised base: into the weights that its layers stand for, so that nothing is rounded and the result is plain.
 
     Args:
-        loaded: the adapter.
-        output: folder to write; must not exist or be empty.
+        loaded: the adapter, on the CPU.
+        output: folder to write.
         dtype: dtype of the written weights; `auto` is that of the base.
 
     Returns:
         `max_abs_diff` (in float32), `max_abs_diff_saved` (as written), `tolerance`, `dtype`, `output`.
 
     Raises:
-        RecipeError: the adapter cannot be merged, or `output` is not empty.
+        RecipeError: the adapter cannot be merged.
         CertificateError: the merged model gives other logits; nothing is left behind.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(f"--output {output}: is not empty; name a new folder")
     wanted = _dtype_of_base(loaded) if dtype == "auto" else dtype
     examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
-    _refuse_unmergeable(loaded.model, loaded.facts.method)
-    model = compute_in_float32(loaded.model.to("cpu"))
+    model = compute_in_float32(loaded.model)
     reference = reference_logits(model, loaded.runtime, examples)
     if loaded.is_quantized:
         model = with_full_weights(loaded)
@@ -100,15 +150,6 @@ def _copy(source: Path, folder: Path, *names: str) -> None:
     for name in names:
         if (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())
-
-
-def _refuse_unmergeable(model: nn.Module, method: str) -> None:
-    known = METHODS.get(method)
-    if known and known.not_mergeable:
-        raise RecipeError(f"--adapter: a {method} adapter cannot be merged: {known.not_mergeable}")
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if known and config is not None and (reason := known.not_mergeable_with(config)):
-        raise RecipeError(f"--adapter: this adapter cannot be merged: {reason}")
 
 
 def _merged(model: nn.Module, method: str) -> nn.Module:

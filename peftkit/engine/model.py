@@ -55,6 +55,7 @@ class Base:
         config_overrides: keys of the config to change.
         linear: whether GPT-2's Conv1D layers are to be turned into Linear.
         quantization: how its linear layers are quantised.
+        device: where quantised weights lie; None: on this process's GPU, where it has one.
     """
 
     path: str
@@ -69,6 +70,7 @@ class Base:
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     linear: bool = False
     quantization: Quantization | None = None
+    device: torch.device | None = None
 
 
 def base_of(plan: Plan) -> Base:
@@ -267,7 +269,7 @@ def load_base_model(
         return _random_model(base, config, common), set()
     if base.quantization is not None and base.quantization.is_stored:
         common |= _renaming_foretold(base, config)  # weights that are not found cannot be made at random in quantised layers
-    common |= loading_options(base.quantization, config)
+    common |= loading_options(base.quantization, config, base.device)
     model, info = _from_pretrained(base, config, common)
     if renamed := _other_prefix(model, info):
         model, info = _from_pretrained(base, config, common | {"key_mapping": renamed})
@@ -284,14 +286,14 @@ def load_base_model(
 def _finished(base: Base, model: PreTrainedModel) -> PreTrainedModel:
     # transformers hands bitsandbytes the transposed weights of Conv1D; the other libraries know nothing of it
     linear = base.linear or (base.quantization is not None and base.quantization.method in ("torchao", "hqq"))
-    return make_safe(linearised(model) if linear else model, base.quantization)
+    return make_safe(linearised(model) if linear else model, base.quantization, base.device)
 
 
 def _random_model(base: Base, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """The model of a config with random weights; quantised by way of a checkpoint, as transformers quantises what it loads."""
     vars(config).pop("quantization_config", None)
     model: PreTrainedModel = _auto_class(base, config).from_config(config, **options)
-    quantizing = loading_options(base.quantization, config)
+    quantizing = loading_options(base.quantization, config, base.device)
     if not quantizing:
         return _finished(base, model)
     with tempfile.TemporaryDirectory(prefix="peftkit-") as folder:
@@ -312,7 +314,7 @@ def _from_pretrained(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise_if_exhausted(error)
         raise LoadError(f"the model `{base.path}` cannot be loaded: {first_line(error)}") from error
     return model, info

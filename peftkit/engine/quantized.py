@@ -18,17 +18,27 @@ from peftkit.errors import LoadError
 from peftkit.recipe.quantization import Quantization
 
 
-def loading_options(quantization: Quantization | None, config: PretrainedConfig) -> dict[str, Any]:
+def loading_options(
+    quantization: Quantization | None, config: PretrainedConfig, device: torch.device | None = None
+) -> dict[str, Any]:
     """What `from_pretrained` needs for a quantised model; settings of stored weights go into their config.
 
     Args:
         quantization: how; None: not at all, or as the checkpoint says.
         config: the model's config.
+        device: where the weights shall lie; None: on this process's GPU, where it has one.
+
+    Raises:
+        LoadError: the weights should be stored quantised, and are not.
     """
     if quantization is None:
         return {}
-    options: dict[str, Any] = {"device_map": {"": quantizing_device()}}
+    options: dict[str, Any] = {"device_map": {"": device or quantizing_device()}}
     if quantization.is_stored:
+        if "quantization_config" not in vars(config):
+            stored = f"a checkpoint that stores them quantised ({quantization})"
+            what = f"`{config.name_or_path}` has plain weights, and the adapter was trained on {stored}"
+            raise LoadError(f"{what}: name that one")
         if quantization.method == "bitsandbytes":
             stored = config.quantization_config
             stored |= {"llm_int8_skip_modules": [*(stored.get("llm_int8_skip_modules") or []), *quantization.skip_modules]}
@@ -56,14 +66,14 @@ def _bitsandbytes_config(quantization: Quantization) -> BitsAndBytesConfig:
     )
 
 
-def make_safe(model: PreTrainedModel, quantization: Quantization | None) -> PreTrainedModel:
+def make_safe(model: PreTrainedModel, quantization: Quantization | None, device: torch.device | None = None) -> PreTrainedModel:
     """The model that was just loaded, quantised where loading does not, and such that no forward pass changes its weights.
 
     On CPUs with AVX512-BF16 the first pass without gradients re-packs every `Linear4bit` in place: what reads its weight later
     (a merge, a gradient, DoRA's norms) is then wrong in silence (bitsandbytes 0.50.2).
     """
     if quantization is not None and not quantization.is_stored and quantization.method != "bitsandbytes":
-        return _quantize(model, quantization)
+        return _quantize(model, quantization, device or quantizing_device())
     for layer in bitsandbytes_layers(model):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product
         if type(layer).__name__ == "Linear4bit":
@@ -79,13 +89,13 @@ def bitsandbytes_layers(model: nn.Module) -> Iterator[Any]:
         yield from (module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt))
 
 
-def _quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
+def _quantize(model: PreTrainedModel, quantization: Quantization, device: torch.device) -> PreTrainedModel:
     """The linear layers of a loaded model quantised by torchao or HQQ, in place."""
     names = [name for name in linear_names(model) if not is_skipped(name, quantization)]
     if quantization.method == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in names, device=quantizing_device())
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in names, device=device)
         return model
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -93,13 +103,15 @@ def _quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedM
         layer = model.get_submodule(name)
         settings = BaseQuantizeConfig(nbits=quantization.bits, group_size=quantization.group_size, axis=1)
         try:
-            new = HQQLinear(
-                layer, settings, compute_dtype=getattr(torch, quantization.compute_dtype), device=str(quantizing_device())
-            )
+            # Always by the same machine: on a GPU hqq looks for scales in float16, elsewhere in float32 (0.2.8).
+            on = quantizing_device()
+            new = HQQLinear(layer, settings, compute_dtype=getattr(torch, quantization.compute_dtype), device=str(on))
         except (AssertionError, RuntimeError) as error:
             raise LoadError(
                 f"model.quantization: hqq cannot quantise `{name}` of {tuple(layer.weight.shape)}: {error}"
             ) from error
+        if on != device:
+            new.cuda(device)  # to any device: its `to` and `cpu` do nothing
         new.was_conv1d = getattr(layer, "was_conv1d", False)
         model.set_submodule(name, new)
     return model
@@ -107,7 +119,12 @@ def _quantize(model: PreTrainedModel, quantization: Quantization) -> PreTrainedM
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the layers that can be quantised."""
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    return [name for name, module in model.named_modules() if is_linear(module)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer can be quantised."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def is_skipped(name: str, quantization: Quantization) -> bool:
@@ -181,7 +198,7 @@ def full_weight(module: Any) -> torch.Tensor | None:
         weight: Any = module.weight
         return weight.dequantize(output_dtype=torch.float32).detach()
     if kind.endswith("QuantLinear") or kind.startswith("WQLinear"):
-        raise LoadError(f"layers of type {kind} cannot be turned into plain ones; merge with the library that made them")
+        raise LoadError(f"layers of type {kind} cannot be turned into plain ones here; use the library that made them")
     return None
 
 

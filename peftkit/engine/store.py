@@ -208,7 +208,8 @@ def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Ten
         _match_dtypes(model, in_file)
         if missing := sorted(adapter_state(model).keys() - in_file.keys()):
             raise LoadError(f"the adapter {folder} does not fit {type(base).__name__}: it lacks {', '.join(missing[:3])}")
-        unexpected = sorted(set(model.load_adapter(str(folder), "default").unexpected_keys) - _PROMPT_TENSORS)
+        found = model.load_adapter(str(folder), "default", torch_device="cpu")  # its tensors are copied to where the base is
+        unexpected = sorted(set(found.unexpected_keys) - _PROMPT_TENSORS)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise_if_exhausted(error)
         raise LoadError(f"the adapter {folder} cannot be loaded onto {type(base).__name__}: {error}") from error

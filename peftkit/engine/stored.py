@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.model import Base
+from peftkit.engine.quantized import is_linear, is_skipped
 from peftkit.launch import Sharding
 from peftkit.plan import Plan
+from peftkit.recipe.quantization import Quantization
 
 _PAGED_FROM = 100_000  # smaller states are not paged (bitsandbytes 0.50, optim/optimizer.py)
 _IN_8_BITS_FROM = 4096  # smaller parameters have states in float32 (same file)
@@ -36,8 +39,10 @@ class Stored:
         targets: weights of the layers that an adapter goes into.
         largest_block: the largest part that is gathered at once where weights are shared.
         quantised: ids of the weights that lie quantised.
+        unquantised: bytes of those weights before they were.
         buckets: copies of gradients on their way to other processes.
         share: part of the gradients that this process keeps.
+        certified: what the certificate loads while this process still has its part of the model: a whole one.
     """
 
     weights: int
@@ -48,8 +53,10 @@ class Stored:
     targets: int
     largest_block: int
     quantised: tuple[int, ...] = ()
+    unquantised: int = 0
     buckets: int = 0
     share: float = 1.0
+    certified: int = 0
 
     def gradient_share(self, gradients: int) -> int:
         """Bytes of gradients that are left of so many."""
@@ -58,16 +65,15 @@ class Stored:
     def shared(self, sharding: Sharding) -> Stored:
         """The same for one of several processes."""
         count, kind = sharding.num_processes, sharding.kind
-        if count == 1:
-            return self
         if kind == "ddp":
-            return dataclasses.replace(self, buckets=self.gradients)
+            return self if count == 1 else dataclasses.replace(self, buckets=self.gradients)
 
         def part(size: int, shares: bool) -> int:
             return math.ceil(size / count) if shares else size
 
         everything = kind in ("fsdp", "zero3")
-        weights = part(self.weights, everything) + 2 * self.largest_block * everything  # one in use, one on its way
+        gathered = 2 * self.largest_block if everything and count > 1 else 0  # one in use, one on its way
+        weights = part(self.weights, everything) + gathered
         return dataclasses.replace(
             self,
             weights=2 * self.largest_block if sharding.offloads_weights else weights,
@@ -76,6 +82,7 @@ class Stored:
             optimizer=0 if sharding.offloads_optimizer else part(self.optimizer, True),
             step_scratch=0 if sharding.offloads_optimizer else part(self.step_scratch, True),
             share=1.0 if kind == "zero1" else 1 / count,
+            certified=self.weights + self.adapter,
         )
 
 
@@ -89,11 +96,11 @@ def stored(plan: Plan, model: nn.Module) -> Stored:
     quantization = plan.quantization
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    quantised = {id(weight): weight for weight in quantised_weights(model)} if quantization is not None else {}
+    quantised = quantised_weights(model, quantization) if quantization is not None else {}
 
     def size(parameter: torch.Tensor) -> int:
-        if id(parameter) in quantised:
-            return quantised_bytes(parameter.shape, quantization)
+        if quantization is not None and id(parameter) in quantised:
+            return quantised_bytes(quantised[id(parameter)].shape, quantization)
         return parameter.numel() * parameter.element_size()
 
     adapter = sum(map(size, trained))
@@ -109,25 +116,30 @@ def stored(plan: Plan, model: nn.Module) -> Stored:
         targets=sum(size(weight) for weight in _targets(model)),
         largest_block=max(blocks, default=0),
         quantised=tuple(quantised),
+        unquantised=sum(weight.numel() * weight.element_size() for weight in quantised.values()),
     )
 
 
-def quantised_bytes(shape: Sequence[int], quantization: Any) -> int:
-    """Bytes of a matrix as bitsandbytes (0.50) stores it.
+def quantised_bytes(shape: Sequence[int], quantization: Quantization) -> int:
+    """Bytes of a matrix (outputs, inputs) as bitsandbytes (0.50), torchao (0.18) or HQQ (0.2.8) stores it.
 
-    4 bits: half a byte a number and a scale for each 64 of them, in float32 or, quantised once more, in a byte with a float32
-    for each 256 scales and one for their mean; and the table of 16 values. 8 bits: a byte a number and a float32 a row.
-
-    Args:
-        shape: of the matrix.
-        quantization: how.
+    bitsandbytes, 4 bits: half a byte a number and a scale for each 64 of them, in float32 or, quantised once more, in a byte
+    and a float32 for each 256 scales and one for their mean; the table of 16 values. 8 bits: a byte a number and a float32 a
+    row; torchao: a zero more. HQQ: groups with a scale and a zero in the type that it computes in; ten numbers of 3 bits in 4
+    bytes. GPTQ and AWQ are counted as bitsandbytes is.
     """
     count = math.prod(shape)
+    if quantization.method == "hqq":
+        groups = count // quantization.group_size
+        packed = (
+            math.ceil(groups / 10) * 4 * quantization.group_size if quantization.bits == 3 else count * quantization.bits // 8
+        )
+        return packed + 2 * groups * getattr(torch, quantization.compute_dtype).itemsize
     if quantization.bits == 8:
-        return count + 4 * shape[0]
+        return count + (5 if quantization.method == "torchao" else 4) * shape[0]
     scales = math.ceil(count / 64)
     packed = math.ceil(count * quantization.bits / 8)
-    if not getattr(quantization, "double_quant", False):
+    if not quantization.double_quant:
         return packed + 4 * scales + 4 * 16
     return packed + scales + 4 * math.ceil(scales / 256) + 4 + 4 * (16 + 256)
 
@@ -156,19 +168,23 @@ def _step_scratch(optim: str, trained: Sequence[nn.Parameter], device: str) -> i
     return sum(sizes) if optim == "adamw_torch" and device == "cuda" else 2 * max(sizes)
 
 
-def quantised_weights(model: nn.Module) -> Iterator[torch.Tensor]:
-    """The weights that bitsandbytes quantises: of linear layers, without heads and what is trained."""
-    base: Any = base_of_adapted(model)
-    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    tied = {id(parameter) for parameter in output.parameters()} if output is not None else set()
-    inside = f"{base.base_model_prefix}."
-    for name, module in base.named_modules():
-        part_of_head = not name.startswith(inside) and base.base_model is not base
-        kept_whole = ".original_module" in name or ".modules_to_save" in name
-        if not isinstance(module, nn.Linear) or part_of_head or kept_whole:
-            continue
-        if not module.weight.requires_grad and id(module.weight) not in tied:
-            yield module.weight
+def quantised_weights(model: nn.Module, quantization: Quantization) -> dict[int, torch.Tensor]:
+    """The weights (outputs, inputs) that will lie quantised, by their ids in a model that has its adapter already."""
+    result = {}
+    for name, module in _modules_of_base(base_of_adapted(model)):
+        if is_linear(module) and not is_skipped(name, quantization) and not module.weight.requires_grad:
+            result[id(module.weight)] = module.weight.T if isinstance(module, Conv1D) else module.weight
+    return result
+
+
+def _modules_of_base(module: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The base's own modules by the names that they had before PEFT put layers of its own around them."""
+    if "base_layer" in module._modules:
+        yield from _modules_of_base(module.base_layer, name)
+        return
+    yield name, module
+    for child, inside in module.named_children():
+        yield from _modules_of_base(inside, f"{name}.{child}" if name else child)
 
 
 def _targets(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -190,12 +206,20 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _local_folder(base: Base) -> Path:
+    """The folder of a checkpoint, or for a name on the hub that of its files that are here already."""
+    if Path(base.path).is_dir():
+        return Path(base.path)
+    found = try_to_load_from_cache(base.path, "config.json", revision=base.revision)
+    return Path(found).parent if isinstance(found, str) else Path(base.path)
+
+
 def checkpoint_bytes(base: Base, dtype: str) -> int:
     """Bytes of a local checkpoint that loading reads beside the weights it makes of them.
 
     Weights of the same dtype are the file itself, mapped into memory; of others the file's are there as well.
     """
-    files = sorted(Path(base.path).glob("*.safetensors")) if base.init == "pretrained" else []
+    files = sorted(_local_folder(base).glob("*.safetensors")) if base.init == "pretrained" else []
     if not files:
         return 0
     try:

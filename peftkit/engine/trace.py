@@ -238,6 +238,8 @@ class _Stage(TorchFunctionMode):
             return _moved(args, kwargs)
         if name == "linear" and any(id(value) in self.kernels.quantised for value in (*args, *kwargs.values())):
             return quantised_linear(self.kernels, *args, **kwargs)
+        if name == "addmm" and id(args[2]) in self.kernels.quantised:  # GPT-2's layers, which are turned into linear ones
+            return quantised_linear(self.kernels, args[1], args[2].t())
         args, kwargs = self.autocast.cast(name, args, kwargs)
         if name == "scaled_dot_product_attention":
             return attention(self.kernels, *args, **kwargs)

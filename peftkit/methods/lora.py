@@ -275,6 +275,8 @@ def _not_quantized_with(section: LoraSection, layers: Layers) -> Iterator[tuple[
         yield name, f"has no effect on {layers} layers: PEFT would train a plain LoRA"
     if section.use_dora and layers == "8bit":
         yield "use_dora", "loses the scales of 8-bit weights after one step (PEFT 0.21); use 4 bits"
+    if section.use_dora and layers in ("gptq", "awq"):
+        yield "use_dora", f"is not there on {layers} layers (PEFT 0.21); use false"
 
 
 LORA = Method(

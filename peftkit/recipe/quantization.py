@@ -126,9 +126,10 @@ def check_quantization(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[Fi
         config: the model's config.json; empty where it is not at hand.
     """
     section, stored = recipe.model.quantization, stored_quantization(config)
-    if section is not None:
+    stored = stored if recipe.model.init != "random" else None
+    if section is not None and (stored is None or stored.method == "bitsandbytes"):
         yield from _stated(section)
-    if stored is not None and recipe.model.init != "random":
+    if stored is not None:
         yield from _stored(stored, section)
     found = quantization_of(recipe, config)
     if found is not None and found.method in _PACKAGES:
@@ -164,9 +165,15 @@ def _stored(stored: Quantization, section: QuantizationSection | None) -> Iterat
     yield from _missing_packages(stored.method, "model.name_or_path", 7)
     if section is None:
         return
-    fixed = [name for name in ("method", "bits", *_CHOICES) if name in section.model_fields_set and name != "compute_dtype"]
-    for name in fixed:
-        if getattr(section, name) != getattr(stored, name):
+    stated = [name for name in ("method", "bits", *_CHOICES) if name in section.model_fields_set]
+    if stored.method != "bitsandbytes":
+        for name in stated:
+            if name != "bits":
+                what = f"has no effect on weights that are quantised already: {stored}; leave `quantization` out"
+                yield f"model.quantization.{name}", what, 2
+        stated = [name for name in stated if name == "bits"]
+    for name in stated:
+        if name != "compute_dtype" and getattr(section, name) != getattr(stored, name):
             what = f"is {getattr(section, name)}, but the weights are quantised already: {stored}; leave `quantization` out"
             yield f"model.quantization.{name}", what, 2
 
@@ -181,6 +188,13 @@ def why_not_quantized(method: Method, section: Section, layers: Layers) -> Itera
         yield "method", f"`{method.name}` does not work on {layers} layers: {reason}. These do: {others}"
         return
     yield from method.not_quantized_with(section, layers)
+
+
+def why_not_plain(quantization: Quantization | None) -> str:
+    """Why the layers of a base cannot be turned into plain ones, which a merge needs; empty where they can, or are."""
+    if quantization is None or quantization.method not in ("gptq", "awq"):
+        return ""
+    return f"{quantization.method} layers cannot be turned into plain ones here; use the library that made them"
 
 
 def trains_biases(method: Method, section: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from peftkit.recipe.quantization import Quantization
 from tests.conftest import instruction_rows, label_rows, tiny_tokenizer
 from tests.runs import tiny_recipe, train
 
+GPTQ = dataclasses.asdict(Quantization("gptq", 4, is_stored=True))
 PROMPTS = [row["instruction"] for row in instruction_rows(4)]
 
 
@@ -102,9 +106,21 @@ def test_a_bfloat16_adapter_is_merged_within_its_rounding(cli: Any, models_dir: 
     assert merge(cli, tmp_path / "run", tmp_path / "merged")["dtype"] == "bfloat16"
 
 
-def test_a_folder_that_is_not_empty_is_refused(cli: Any, lm_run: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no base can be loaded."""
+
+    def load(*arguments: Any) -> None:
+        raise AssertionError("a base is loaded")
+
+    monkeypatch.setattr("peftkit.engine.loaded.load_base_model", load)
+
+
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_a_folder_that_is_not_empty_is_refused(cli: Any, lm_run: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    result = cli("merge", "--adapter", lm_run, "--output", tmp_path)
+    result = cli(command, "--adapter", lm_run, "--output", tmp_path)
     assert result.code == 2
     assert f"--output {tmp_path}: is not empty" in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -114,6 +130,27 @@ def test_a_dtype_that_does_not_exist_is_refused(cli: Any, lm_run: Path, tmp_path
     result = cli("merge", "--adapter", lm_run, "--output", tmp_path / "merged", "--dtype", "int8")
     assert result.code == 2
     assert "--dtype: `int8` is not allowed; it takes auto | float32 | bfloat16 | float16" in result.err
+
+
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize(
+    ("command", "changes", "words"),
+    [
+        ("merge", {"method": "shadow"}, "a shadow adapter cannot be merged: "),
+        ("convert", {"method": "ia3"}, "a ia3 adapter cannot be turned into a LoRA; these can: "),
+        ("merge", {"quantization": GPTQ}, "this adapter cannot be merged: gptq layers cannot be turned into plain ones"),
+        ("convert", {"method": "vera", "quantization": GPTQ}, "into a LoRA: gptq layers cannot be turned into plain ones"),
+    ],
+)
+def test_what_is_known_of_an_adapter_is_refused_before_its_base_is_loaded(
+    cli: Any, lm_run: Path, tmp_path: Path, command: str, changes: dict[str, Any], words: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(lm_run / "adapter", adapter)
+    facts = json.loads((adapter / "peftkit.json").read_text()) | changes
+    (adapter / "peftkit.json").write_text(json.dumps(facts))
+    result = cli(command, "--adapter", adapter, "--output", tmp_path / "out")
+    assert (result.code, words in result.err) == (2, True)
 
 
 def test_replicated_layers_cannot_be_merged(cli: Any, models_dir: Path, tmp_path: Path) -> None:

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from peftkit.engine import memory
-from peftkit.engine.fit import HOLES
+from peftkit.engine.fit import HOLES, levers
 from peftkit.engine.heap import heap_peak
 from peftkit.engine.memory import MemoryPlan, plan_memory
+from peftkit.engine.model import Base, base_of, load_base_model
 from peftkit.engine.optim import build_optimizer
-from peftkit.engine.stored import Stored, quantised_bytes, state_bytes
+from peftkit.engine.quantized import bitsandbytes_layers
+from peftkit.engine.stored import Stored, checkpoint_bytes, quantised_bytes, state_bytes, stored
 from peftkit.engine.survey import survey
 from peftkit.errors import RecipeError
-from peftkit.launch import Sharding, read_sharding
+from peftkit.launch import Sharding, read_sharding, worker_sharding
 from peftkit.methods import METHODS
 from peftkit.plan import Hardware
 from peftkit.recipe import load_recipe
 from peftkit.recipe.fit import why_not
+from peftkit.recipe.quantization import Quantization
+from peftkit.tasks import TASKS
 from tests.conftest import label_rows, write_jsonl
 from tests.contracts.matrix import SETTINGS
 from tests.runs import tiny_recipe, train
@@ -67,12 +72,48 @@ def test_a_matrix_in_4_bits_is_as_large_as_predicted(double_quant: bool) -> None
     )
     inner = [state.state2.absmax, state.state2.code, state.offset] if double_quant else []
     held = [packed, state.absmax, state.code, *inner]
-    layout = SimpleNamespace(bits=4, double_quant=double_quant)
+    layout = Quantization("bitsandbytes", 4, double_quant=double_quant)
     assert quantised_bytes((512, 384), layout) == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def test_a_matrix_in_8_bits_has_a_scale_a_row() -> None:
-    assert quantised_bytes((512, 384), SimpleNamespace(bits=8)) == 512 * 384 + 4 * 512
+    assert quantised_bytes((512, 384), Quantization("bitsandbytes", 8)) == 512 * 384 + 4 * 512
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_a_matrix_of_hqq_is_as_large_as_predicted(bits: int, dtype: str) -> None:
+    quantize = pytest.importorskip("hqq.core.quantize")
+    settings = quantize.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
+    made = quantize.HQQLinear(nn.Linear(384, 512, bias=False), settings, compute_dtype=getattr(torch, dtype), device="cpu")
+    held = [made.W_q, made.meta["scale"], made.meta["zero"]]
+    layout = Quantization("hqq", bits, group_size=32, compute_dtype=dtype)
+    assert quantised_bytes((512, 384), layout) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def test_a_matrix_of_torchao_is_as_large_as_predicted() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    layers = nn.Sequential(nn.Linear(384, 512, bias=False))
+    quantization.quantize_(layers, quantization.Int8WeightOnlyConfig())
+    weight: Any = layers[0].weight
+    held = [weight.qdata, weight.scale, weight.zero_point]
+    assert quantised_bytes((512, 384), Quantization("torchao", 8)) == sum(part.numel() * part.element_size() for part in held)
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora"}, {"method": "lora", "modules_to_save": ["mlp"]}, {"method": "head"}])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_plan_quantises_what_loading_does(
+    models_dir: Path, tmp_path: Path, name: str, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "UNTRACEABLE", (ZeroDivisionError,))
+    if name == "bert" and "modules_to_save" in adapter:
+        adapter = adapter | {"modules_to_save": ["0.output"]}
+    model = {"name_or_path": str(models_dir / name), "quantization": {"bits": 4}}
+    task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
+    found = survey(load_recipe(tiny_recipe(task, models_dir, tmp_path, model=model, adapter=adapter)))
+    layers = bitsandbytes_layers(load_base_model(base_of(found.plan), found.data.encoding)[0])
+    assert len(stored(found.plan, found.blueprint.model).quantised) == len(list(layers)) > 0
+    assert plan_memory(found).how.startswith("traced")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +124,8 @@ def test_a_matrix_in_8_bits_has_a_scale_a_row() -> None:
         (Sharding(2, "zero2"), (100, 8, 4, 8, 0)),
         (Sharding(2, "zero1"), (100, 8, 8, 8, 0)),
         (Sharding(2, "zero3", offloads_optimizer=True), (70, 4, 4, 0, 0)),
+        (Sharding(1, "zero2", offloads_optimizer=True), (100, 8, 8, 0, 0)),
+        (Sharding(1, "fsdp", True, True), (20, 8, 8, 0, 0)),
     ],
 )
 def test_processes_share_what_their_launch_says(sharding: Sharding, parts: tuple[int, ...]) -> None:
@@ -110,12 +153,71 @@ def test_processes_share_what_their_launch_says(sharding: Sharding, parts: tuple
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "offload_optimizer_device": "cpu"}},
             Sharding(1, "zero2", offloads_optimizer=True),
         ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "offload_param_device": "cpu"}},
+            Sharding(1, "zero2"),
+        ),
+        (
+            {
+                "distributed_type": "FSDP",
+                "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD", "fsdp_reshard_after_forward": True},
+            },
+            Sharding(1, "ddp"),
+        ),
     ],
 )  # fmt: skip
 def test_a_launch_file_says_how_processes_share(tmp_path: Path, facts: dict[str, Any], found: Sharding) -> None:
     path = tmp_path / "launch.yaml"
     path.write_text(yaml.safe_dump(facts), encoding="utf-8")
     assert read_sharding(None, path) == found
+
+
+def test_a_file_of_deepspeed_says_how_processes_share(tmp_path: Path) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    facts = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "zero.json")}}
+    path = tmp_path / "launch.yaml"
+    path.write_text(yaml.safe_dump(facts | {"num_processes": 2}), encoding="utf-8")
+    assert read_sharding(None, path) == Sharding(2, "zero3", offloads_weights=True)
+    (tmp_path / "zero.json").unlink()
+    with pytest.raises(RecipeError, match=r"deepspeed_config_file `.*` cannot be read as DeepSpeed's JSON"):
+        read_sharding(None, path)
+
+
+@pytest.mark.parametrize(("version", "kind"), [("1", "zero2"), ("2", "fsdp")])
+def test_a_worker_reads_what_its_version_of_fsdp_does(monkeypatch: pytest.MonkeyPatch, version: str, kind: str) -> None:
+    facts = {"VERSION": version, "SHARDING_STRATEGY": "SHARD_GRAD_OP", "RESHARD_AFTER_FORWARD": "true"}
+    for name, value in facts.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert worker_sharding(2).kind == kind
+
+
+def test_a_checkpoint_is_found_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(1000)}, snapshot / "model.safetensors")
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = Base("owner/name", TASKS["CAUSAL_LM"])
+    assert checkpoint_bytes(base, "bfloat16") > 4000
+    assert checkpoint_bytes(base, "float32") == 0
+
+
+def test_a_shared_model_is_certified_beside_itself(lm_recipe: dict[str, Any], write_recipe: Any) -> None:
+    path = write_recipe(lm_recipe)
+    alone, shared = plan_of(path, GPU), plan_of(path, GPU, sharding=Sharding(2, "zero2"))
+    whole = alone.phases["training"]["weights"] + alone.phases["training"]["adapter"]
+    assert shared.phases["certificate"]["weights"] == shared.phases["training"]["weights"] + whole
+    assert "certificate" not in plan_of(path, GPU, sharding=Sharding(2)).phases
+
+
+def test_nothing_is_proposed_that_the_recipe_has(lm_recipe: dict[str, Any], write_recipe: Any) -> None:
+    lm_recipe["training"] |= {"activation_offloading": True, "gradient_checkpointing": "selective"}
+    offered = [setting for lever in levers(survey(load_recipe(write_recipe(lm_recipe)), hardware=GPU)) for setting, _ in lever]
+    assert not [setting for setting in offered if "offloading" in setting or "checkpointing" in setting]
 
 
 def test_a_launch_file_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -180,6 +282,18 @@ def test_quantised_weights_are_counted_as_they_lie(lm_recipe: dict[str, Any], wr
     assert planned.phases["training"]["weights"] < plain
 
 
+def test_loading_holds_the_model_that_quantising_starts_from(lm_recipe: dict[str, Any], write_recipe: Any) -> None:
+    def loading(quantization: Quantization, init: str) -> int:
+        lm_recipe["model"] |= {"init": init, "quantization": {"bits": 4}}
+        found = survey(load_recipe(write_recipe(lm_recipe)))
+        plan, model = dataclasses.replace(found.plan, quantization=quantization), found.blueprint.model
+        return memory._loading_bytes(plan, model, stored(plan, model))
+
+    nf4, hqq = Quantization("bitsandbytes", 4), Quantization("hqq", 4, group_size=32, compute_dtype="float32")
+    assert loading(nf4, "pretrained") == 0
+    assert loading(nf4, "random") > loading(hqq, "random") > 4 * 2 * 32 * 32  # embeddings too; the layers alone
+
+
 TRACED = [method for method in METHODS if not METHODS[method].num_tasks_field and method != "xlora"]
 
 
@@ -195,6 +309,25 @@ def test_every_method_is_traced_or_says_why_not(
     planned = plan_of(recipe, GPU)
     assert planned.how.startswith("traced") == (facts.trained_shapes is None)
     assert planned.held.activations > 0
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_offloading_under_autocast_is_traced_where_the_model_is_the_base(
+    method: str, lm_recipe: dict[str, Any], write_recipe: Any
+) -> None:
+    lm_recipe["adapter"] = {"method": method}
+    lm_recipe["training"] |= {"activation_offloading": True, "mixed_precision": "bf16"}
+    assert plan_of(write_recipe(lm_recipe), GPU).how.startswith("traced")
+
+
+def test_views_of_weights_are_not_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Size] = []
+    monkeypatch.setattr(memory.Away, "move_out", lambda self, tensor: moved.append(tensor.shape) or (lambda: tensor))
+    model = nn.Linear(512, 1024, bias=False, device="meta").requires_grad_(False)
+    inputs = torch.empty(2048, 512, device="meta", requires_grad=True)
+    with memory._offloading(model, True):
+        model(inputs).sum().backward()
+    assert moved == []  # a product saves a view of its weight
 
 
 Cli = Callable[..., Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from peftkit.engine.quantizing import settle_quantization
 from peftkit.errors import LoadError, RecipeError
 from peftkit.plan import Plan, make_plan
 from peftkit.recipe import load_recipe
+from peftkit.recipe.quantization import Quantization
 from tests.runs import curve, run_cli, tiny_recipe, train
 
 IDS = torch.arange(20)[None, :]
@@ -243,3 +245,48 @@ def test_layers_of_other_libraries_train_and_merge_exactly(
     merged = run_cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged", "--json")
     assert merged.code == 0, merged.err
     assert merged.json["max_abs_diff"] < 1e-6
+
+
+@pytest.mark.parametrize("settings", [NF4, INT8])
+def test_merging_and_converting_are_work_of_the_cpu_from_the_beginning(
+    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    adapter, training = {"method": "miss", "r": 8}, {"max_steps": 1}
+    recipe = tiny_recipe(
+        "CAUSAL_LM", models_dir, tmp_path, model={"quantization": settings}, adapter=adapter, training=training
+    )
+    train(recipe, tmp_path / "run")
+
+    def gpu() -> torch.device:
+        raise AssertionError("the GPU is asked for")
+
+    monkeypatch.setattr("peftkit.engine.quantized.quantizing_device", gpu)
+    for arguments in (("merge",), ("convert", "--rank", "4")):
+        result = run_cli(*arguments, "--adapter", tmp_path / "run", "--output", tmp_path / arguments[0], "--json")
+        assert result.code == 0, result.err
+
+
+def test_a_plain_model_is_no_base_for_an_adapter_of_a_quantised_checkpoint(
+    stored_model: str, models_dir: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, model={"name_or_path": stored_model}, training={"max_steps": 1})
+    train(recipe, tmp_path / "run")
+    plain = models_dir / "llama"
+    result = run_cli("merge", "--adapter", tmp_path / "run", "--base", plain, "--output", tmp_path / "merged")
+    assert result.code == 7
+    assert f"`{plain}` has plain weights, and the adapter was trained on a checkpoint that stores them quantised" in result.err
+
+
+def test_a_library_that_is_too_old_for_a_checkpoint_is_named(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(*arguments: Any, **options: Any) -> None:
+        raise ImportError("The gptqmodel version should be >= 1.4.3")
+
+    plan = plan_of("CAUSAL_LM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", too_old)
+    with pytest.raises(LoadError, match=r"cannot be loaded: The gptqmodel version should be"):
+        base(plan)
+
+
+def test_the_plan_says_that_an_adapter_on_gptq_layers_cannot_be_merged(plan_of: PlanOf) -> None:
+    plan = dataclasses.replace(plan_of("CAUSAL_LM", None), quantization=Quantization("gptq", 4, is_stored=True))
+    assert any(note.startswith("the adapter cannot be merged: gptq layers cannot") for note in draw_blueprint(plan).notes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -20,8 +20,10 @@ from transformers import (
 
 from peftkit.engine import trace
 from peftkit.engine.kernels import Kernels
+from peftkit.engine.quantized import make_safe
 from peftkit.engine.stored import quantised_bytes, quantised_weights
 from peftkit.engine.trace import Held, Ledger, trace_inference, trace_training
+from peftkit.recipe.quantization import Quantization
 from tests.contracts.tiny_models import DECODERS, tiny_config
 
 TYPES = ("bert", "bloom", "deberta-v2", "gemma2", "gpt2", "llama", "mixtral", "modernbert", "opt", "t5", "xlnet")
@@ -91,6 +93,42 @@ def test_recomputed_layers_hold_what_they_really_hold(model_type: str, bf16: boo
 def test_autocast_holds_what_it_really_holds(model_type: str) -> None:
     real, shapes = tiny_adapted(model_type, "cpu"), tiny_adapted(model_type, "meta")
     assert same(trace_training(shapes, loss_of(shapes, True), Kernels()), really_held(real, loss_of(real, True)))
+
+
+def tensors_of(layer: Any) -> list[torch.Tensor]:
+    """What a layer of torchao or HQQ, or a plain one, keeps its weight in."""
+    if type(layer).__name__ == "HQQLinear":
+        return [layer.W_q, layer.meta["scale"], layer.meta["zero"]]
+    weight = getattr(layer, "weight", None)
+    if hasattr(weight, "qdata"):
+        return [weight.qdata, weight.scale, weight.zero_point]
+    return [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+
+
+@pytest.mark.parametrize(
+    "quantization", [Quantization("torchao", 8), Quantization("hqq", 4, group_size=32, compute_dtype="float32")]
+)
+def test_layers_of_other_libraries_hold_what_they_really_hold(quantization: Quantization) -> None:
+    pytest.importorskip(quantization.method)
+    quantization = dataclasses.replace(quantization, skip_modules=("lm_head",))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    models: list[Any] = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(tiny_config("llama"))
+        base = make_safe(base, quantization) if device == "cpu" else base
+        lora = peft.LoraConfig(r=4, target_modules=targets)
+        models.append(peft.get_peft_model(base, lora, low_cpu_mem_usage=device == "meta").train())
+    real, shapes = models
+    loss, ledger = loss_of(real), Ledger(64)
+    there = [part for layer in real.modules() for part in tensors_of(layer)]
+    with ledger:
+        ledger.leave_out(there)
+        loss().backward()
+        gradients = ledger.numbers_of(p.grad for p in real.parameters() if p.grad is not None)
+    held = max(ledger.fullest(gradients), key=lambda moment: moment.total)
+    kernels = Kernels(quantised=frozenset(quantised_weights(shapes, quantization)), layers=quantization.layers)
+    assert same(trace_training(shapes, loss_of(shapes), kernels), held)
 
 
 def test_gradients_of_earlier_passes_are_counted() -> None:
@@ -171,15 +209,15 @@ def test_qlora_is_predicted_within_a_fifth_of_the_paper(name: str) -> None:
     lora = peft.LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = peft.get_peft_model(base, lora, low_cpu_mem_usage=True).train()
     base.gradient_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
-    quantised = {id(weight): weight for weight in quantised_weights(model)}
-    layout = SimpleNamespace(bits=4, double_quant=True)
+    layout = Quantization("bitsandbytes", 4, skip_modules=("lm_head",))
+    quantised = quantised_weights(model, layout)
     ids = torch.ones(1, 512, dtype=torch.long)
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(input_ids=ids, labels=ids).loss
 
-    held = trace_training(model, loss, Kernels("cuda", quantised=frozenset(quantised), bits=4))
+    held = trace_training(model, loss, Kernels("cuda", quantised=frozenset(quantised)))
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     weights = sum(quantised_bytes(p.shape, layout) if id(p) in quantised else 2 * p.numel() for p in frozen)
     adapter = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -12,10 +12,10 @@ import pytest
 
 from peftkit.errors import RecipeError
 from peftkit.methods import METHODS
-from peftkit.plan import Hardware, make_plan
+from peftkit.plan import Hardware, make_plan, quantized
 from peftkit.recipe import load_recipe
 from peftkit.recipe.fit import why_not
-from peftkit.recipe.quantization import stored_quantization
+from peftkit.recipe.quantization import quantization_of, stored_quantization
 from peftkit.run import resolved_yaml
 from tests.unit.conftest import Load, Problems
 from tests.unit.test_plan import CPU, GPU, MPS, OLD_GPU
@@ -29,6 +29,7 @@ STORED = {
     },
     "8bit": {"load_in_8bit": True, "load_in_4bit": False, "quant_method": "bitsandbytes"},
     "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
     "fp8": {"quant_method": "fp8"},
 }  # fmt: skip
 
@@ -219,6 +220,63 @@ def test_the_resolved_recipe_says_what_products_are_computed_in_and_is_valid(
         section = load_recipe(path).recipe.model.quantization
         assert section is not None
         assert section.compute_dtype == dtype
+
+
+def test_the_resolved_recipe_on_a_quantised_checkpoint_says_no_more_than_was_said(
+    load: Load, stored: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    loaded = load(stored("4bit", quantization={"bits": 4}))
+    config = {"quantization_config": STORED["4bit"] | {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama"} | config), encoding="utf-8")
+    plan = quantized(make_plan(loaded, CPU), quantization_of(loaded.recipe, config))
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolved_yaml(plan), encoding="utf-8")
+    section = load_recipe(path).recipe.model.quantization
+    assert section is not None
+    assert section.model_dump(include=section.model_fields_set) == {"bits": 4, "compute_dtype": "float32"}
+
+
+@pytest.mark.parametrize("stated", [{"quant_type": "nf4"}, {"compute_dtype": "bfloat16"}, {"method": "bitsandbytes"}])
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_settings_that_other_checkpoints_ignore_are_refused(
+    problems: Problems,
+    stored: Callable[..., dict[str, Any]],
+    kind: str,
+    stated: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    (found,) = problems(stored(kind, quantization={"bits": 4} | stated))
+    assert found.key == f"model.quantization.{next(iter(stated))}"
+    assert f"has no effect on weights that are quantised already: {kind}, 4 bits" in found.what
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_dora_is_refused_where_peft_refuses_it(
+    problems: Problems, stored: Callable[..., dict[str, Any]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    (found,) = problems(stored(kind) | {"adapter": {"method": "lora", "use_dora": True}})
+    assert (found.key, found.what) == ("adapter.use_dora", f"is not there on {kind} layers (PEFT 0.21); use false")
+
+
+AWQ = {"quantization_config": STORED["awq"]}
+
+
+def test_awq_is_planned_in_float16_on_a_gpu_as_it_is_loaded(load: Load, recipe: dict[str, Any]) -> None:
+    plan = make_plan(load(recipe), GPU)
+    assert (plan.dtype, plan.mixed_precision) == ("bfloat16", "bf16")
+    plan = quantized(plan, quantization_of(plan.recipe, AWQ))
+    assert (plan.dtype, plan.mixed_precision) == ("float16", "fp16")
+    decided = {choice.key: choice.value for choice in plan.choices}
+    assert (decided["model.dtype"], decided["training.mixed_precision"]) == ("float16", "fp16")
+
+
+@pytest.mark.parametrize("override", ["model.dtype=bfloat16", "training.mixed_precision=bf16"])
+def test_bfloat16_is_refused_where_awq_would_be_loaded_otherwise(load: Load, recipe: dict[str, Any], override: str) -> None:
+    plan = make_plan(load(recipe, override), GPU)
+    with pytest.raises(RecipeError, match="AWQ layers know no bfloat16 on a GPU"):
+        quantized(plan, quantization_of(plan.recipe, AWQ))
 
 
 def test_every_method_works_on_some_layers_or_says_why_not() -> None:
