@@ -57,10 +57,10 @@ class Size:
         return f"{self.folder_name}-batch{self.batch_size}-rank{self.rank}"
 
 
-# Batches of 8 would take 20 GiB at the upper end: the plain script holds several times 4 bytes x cells x vocabulary of logits.
+# 8 long rows would take more than 20 GiB: the plain script holds several times 4 bytes x cells x vocabulary of logits.
 GROWTH = {
     "length": [Size(max_length=length, batch_size=2) for length in (256, 512, 1024, 2048, 4096)],
-    "vocabulary": [Size(vocab_size=size, batch_size=2) for size in (32_000, 128_000)],
+    "vocabulary": [Size(vocab_size=size) for size in (32_000, 128_000)],
     "batch": [Size(batch_size=size) for size in (2, 8, 16)],
     "rank": [Size(rank=rank) for rank in (8, 64)],
 }
