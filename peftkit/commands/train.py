@@ -14,7 +14,7 @@ from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.facts import facts_of, write_model_card
-from peftkit.engine.guard import explain_exhaustion, release, training_memory_text
+from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, training_memory_text
 from peftkit.engine.hardware import WHOLE_MODELS, peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.memory import plan_memory
@@ -159,6 +159,7 @@ def _save_and_certify(found: Survey, trainer: Trainer, untrained: Any, metrics: 
     facts = facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
     rows = data.held_out.get("validation", data.sample)[:NUM_ROWS]
     trainer.paths.leave(model)  # the proof is about the plain model
+    give_back_heap()
     with uncompiled(model):
         reference = reference_logits(model, trainer.runtime, rows, plan.mixed_precision)
     save_adapter(folder, model, found.tokenizer, facts, untrained, data.renderings)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -95,6 +97,13 @@ def release(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for module in list(model.modules()):
         vars(module).clear()
     optimizer.state.clear()
+    give_back_heap()
+
+
+def give_back_heap() -> None:
+    """Return what the process's heap holds free to the system: glibc keeps the holes that training left, hundreds of MiB."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def training_memory_text(plan: Plan, data: Data) -> str:
