@@ -50,8 +50,8 @@ def micro(batch_size: int, micro_batch_size: int) -> Recipe:
 
 
 def recipe(task: str, model: str, adapter: Recipe, words: int, training: Recipe, **data: Any) -> Recipe:
-    """A recipe of three steps on rows of up to so many words."""
-    steps = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-4}
+    """A recipe of twelve steps on rows of up to so many words."""
+    steps = {"max_steps": 12, "logging_steps": 1, "learning_rate": 1e-4}
     sections = {"max_length": 1024 if model != "bert" else 480, "truncation": "right", "cache": False}
     source = {"task": task, "model": {"name_or_path": model}, "adapter": adapter, "words": words}
     return source | {"data": sections | data, "training": steps | training}
