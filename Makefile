@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test check format clean
 
 quickstart: $(VENV)/.installed
-	OMP_NUM_THREADS= $(BIN)/peftkit train recipes/quickstart.yaml
+	env -u OMP_NUM_THREADS $(BIN)/peftkit train recipes/quickstart.yaml
 	@echo
 	@echo "The adapter is in runs/. Try next:"
 	@echo "  $(BIN)/peftkit infer --adapter \$$(ls -td runs/quickstart-* | head -1) --prompt 'where is my parcel?'"
