@@ -20,13 +20,13 @@ from peftkit.recipe import load_recipe
 from peftkit.run import Run
 from tests.runs import tiny_recipe
 
-STEPS = 60
+STEPS = 30
 
 
 @pytest.fixture
 def trainer(models_dir: Path, tmp_path: Path) -> Trainer:
     """A trainer of one-row steps that logs every one."""
-    settings = {"batch_size": 1, "micro_batch_size": 1, "max_steps": 10 * STEPS, "save_steps": 1000}
+    settings = {"batch_size": 1, "micro_batch_size": 1, "max_steps": 100 * STEPS, "save_steps": 1000}
     loaded = load_recipe(tiny_recipe("CAUSAL_LM", models_dir, tmp_path, training=settings))
     found = survey(loaded)
     plan, runtime = found.plan, found.plan.task.runtime(found.tokenizer, found.data.encoding)
@@ -64,9 +64,10 @@ def test_a_step_costs_little_beyond_its_passes(trainer: Trainer) -> None:
     trainer.model.train()
     for steps in (bare_steps, own_steps):
         steps(trainer)
-    own, bare = ([milliseconds(steps, trainer) for _ in range(3)] for steps in (own_steps, bare_steps))
-    # 1 to 1.5 ms of 6 on a quiet machine; a slow one takes longer for both.
-    assert min(own) - min(bare) < max(2.0, 0.5 * min(bare)), (own, bare)
+    pairs = [(milliseconds(own_steps, trainer), milliseconds(bare_steps, trainer)) for _ in range(12)]
+    # 1 to 1.5 ms of 5 on a quiet machine. A slow one takes longer for both, a busy one now for this, now for that.
+    costs = sorted(own - bare for own, bare in pairs)
+    assert costs[len(costs) // 4] < max(2.0, 0.5 * min(bare for _, bare in pairs)), pairs
 
 
 def test_the_status_is_not_written_with_every_line(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
