@@ -160,8 +160,8 @@ def _in_float16(plan: Plan) -> Plan:
         raise RecipeError([Problem("", key, f"is {found[key]}, but {what}; use {taken[key]}") for key in stated])
     choices = [choice for choice in plan.choices if choice.key not in taken]
     choices += [Choice(key, value, "AWQ layers know no bfloat16 on a GPU") for key, value in taken.items()]
-    dtype, precision = ("float16" if "model.dtype" in taken else plan.dtype), plan.mixed_precision
-    precision = "fp16" if "training.mixed_precision" in taken else precision
+    final: dict[str, Any] = found | taken
+    dtype, precision = final["model.dtype"], final["training.mixed_precision"]
     return dataclasses.replace(plan, dtype=dtype, mixed_precision=precision, choices=tuple(choices))
 
 

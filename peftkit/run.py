@@ -235,17 +235,17 @@ class Run:
 
     def read_metrics_at(self, step: int) -> dict[str, dict[str, float]]:
         """Metrics of the evaluations after `step`, by split."""
-        if not self.metrics_path.is_file():
-            return {}
-        lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        lines = self._read_metrics()
         return {line["split"]: line["metrics"] for line in lines if "split" in line and line["step"] == step}
 
     def read_last_loss(self) -> float | None:
         """The loss of the last training line; None where there is none."""
+        return next((line["loss"] for line in reversed(self._read_metrics()) if "loss" in line), None)
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_path.is_file():
-            return None
-        lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
-        return next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
 
     def log(self, text: str) -> None:
         """Add a line to train.log."""

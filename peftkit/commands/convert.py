@@ -7,7 +7,7 @@ from typing import Any
 
 from peftkit import console
 from peftkit.engine.convert import check_convertible, convert_adapter
-from peftkit.engine.guard import explain_exhaustion, memory_text
+from peftkit.engine.guard import explain_exhaustion, rebuilding_text
 from peftkit.engine.loaded import CPU, load_adapter
 from peftkit.errors import RecipeError
 
@@ -17,8 +17,7 @@ def convert(adapter: Path, base: str | None, output: Path, rank: float) -> dict[
     if not rank > 0 or (rank >= 1 and rank != int(rank)):
         raise RecipeError(f"--rank: {rank:g} is neither a whole number nor a share of the update's energy between 0 and 1")
     check_convertible(adapter, base, output)
-    more = ["a machine with more memory: the base is held twice in float32, 8 bytes a parameter"]
-    with explain_exhaustion(lambda: memory_text("while converting", more)):
+    with explain_exhaustion(lambda: rebuilding_text("while converting")):
         return convert_adapter(load_adapter(adapter, base, CPU), output, rank)
 
 

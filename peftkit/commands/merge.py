@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
-from peftkit.engine.guard import explain_exhaustion, memory_text
+from peftkit.engine.guard import explain_exhaustion, rebuilding_text
 from peftkit.engine.loaded import CPU, load_adapter
 from peftkit.engine.merge import check_mergeable, merge_adapter
 from peftkit.errors import RecipeError
@@ -19,8 +19,7 @@ def merge(adapter: Path, base: str | None, output: Path, dtype: str) -> dict[str
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype: `{dtype}` is not allowed; it takes {' | '.join(DTYPES)}")
     check_mergeable(adapter, base, output)
-    more = ["a machine with more memory: the base is held twice in float32, 8 bytes a parameter"]
-    with explain_exhaustion(lambda: memory_text("while merging", more)):
+    with explain_exhaustion(lambda: rebuilding_text("while merging")):
         return merge_adapter(load_adapter(adapter, base, CPU), output, dtype)
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from peftkit.engine.adapter import adapter_state
 from peftkit.engine.certify import largest_difference, reference_logits, scale_of
-from peftkit.engine.facts import FACTS, TENSORS, read_facts
-from peftkit.engine.loaded import LoadedAdapter, adapter_folder, with_full_weights
-from peftkit.engine.merge import check_output, probe_examples, stored_layers
+from peftkit.engine.facts import FACTS, TENSORS
+from peftkit.engine.loaded import LoadedAdapter, with_full_weights
+from peftkit.engine.merge import probe_examples, read_before_loading, stored_layers
 from peftkit.engine.model import load_base_model, set_pad_token
 from peftkit.engine.quantized import compute_in_float32
 from peftkit.engine.store import load_into
@@ -41,9 +41,7 @@ def check_convertible(path: Path, base: str | None, output: Path) -> None:
         RecipeError: the method cannot be converted, the base has no full weights, or `output` is not empty.
         LoadError: there is no adapter.
     """
-    check_output(output)
-    folder = adapter_folder(path)
-    facts = read_facts(folder, base)
+    folder, facts = read_before_loading(path, base, output)
     known = METHODS.get(facts.method)
     if known is not None and not known.to_lora:
         raise _unable(facts.method)

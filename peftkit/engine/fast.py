@@ -19,6 +19,7 @@ from torch import nn
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.certify import TOLERANCE
 from peftkit.engine.fused import fusable, fuse, separate, stirred
+from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hardware import autocast
 from peftkit.engine.packing import prove_packing, untouched
 from peftkit.engine.segments import SEGMENTS
@@ -271,9 +272,8 @@ def _cut(example: Example, length: int) -> Example:
 def _from_states(head: Head, model: nn.Module, runtime: Runtime, batch: Batch) -> torch.Tensor | None:
     try:
         return head.logits(head.states(model, runtime.inputs(model, batch)))
-    except torch.OutOfMemoryError:
-        raise
-    except _REFUSALS:
+    except _REFUSALS as error:
+        raise_if_exhausted(error)
         return None
 
 

@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     is_told = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
-    return is_told or isinstance(error, MemoryError)
+    return is_told or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -72,6 +72,11 @@ def raise_if_exhausted(error: Exception) -> None:
 def memory_text(what: str, remedies: Sequence[str]) -> str:
     """Where memory has run out, and what helps."""
     return f"out of memory {what}. What helps:\n  " + "\n  ".join(remedies)
+
+
+def rebuilding_text(what: str) -> str:
+    """The same where an adapter becomes another model, on the CPU."""
+    return memory_text(what, ["a machine with more memory: the base is held twice in float32, 8 bytes a parameter"])
 
 
 def answering_remedies(batch_size: int) -> list[str]:

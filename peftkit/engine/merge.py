@@ -49,9 +49,7 @@ def check_mergeable(path: Path, base: str | None, output: Path) -> None:
         RecipeError: the adapter cannot be merged, or `output` is not empty.
         LoadError: there is no adapter.
     """
-    check_output(output)
-    folder = adapter_folder(path)
-    facts = read_facts(folder, base)
+    folder, facts = read_before_loading(path, base, output)
     known = METHODS.get(facts.method)
     if known and known.not_mergeable:
         raise RecipeError(f"--adapter: a {facts.method} adapter cannot be merged: {known.not_mergeable}")
@@ -60,14 +58,12 @@ def check_mergeable(path: Path, base: str | None, output: Path) -> None:
         raise RecipeError(f"--adapter: this adapter cannot be merged: {reason}")
 
 
-def check_output(output: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        RecipeError: it does.
-    """
+def read_before_loading(path: Path, base: str | None, output: Path) -> tuple[Path, AdapterFacts]:
+    """The folder of an adapter and its facts; arguments and errors are those of `check_mergeable`."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"--output {output}: is not empty; name a new folder")
+    folder = adapter_folder(path)
+    return folder, read_facts(folder, base)
 
 
 def _peft_config(folder: Path) -> PeftConfig:

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.certify import TOLERANCE, largest_difference
+from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.segments import SEGMENTS
 from peftkit.errors import Problem, RecipeError
 from peftkit.recipe.packing import Way, packs_by, why_not_packed
@@ -139,9 +140,8 @@ def prove_packing(model: nn.Module, rows: Sequence[Sequence[int]], forward: Forw
             alone = [_logits(model, forward, {"input_ids": torch.tensor([row], device=device)})[0] for row in chosen]
             batch = for_model(_packed(chosen, orders, device), model, way)
             logits = _logits(model, forward, batch)
-        except torch.OutOfMemoryError:
-            raise
         except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+            raise_if_exhausted(error)
             what = f"{_name(model)} does not take packed rows: {type(error).__name__}: {error}"
             raise RecipeError([Problem("", "data.packing", what)]) from error
     logits = logits.reshape(len(orders), -1, logits.shape[-1])  # (P, T, V)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from peftkit.engine.guard import explain_exhaustion
+from peftkit.engine.guard import explain_exhaustion, is_out_of_memory
 from peftkit.errors import ResourceError
 from tests.conftest import write_jsonl
 from tests.runs import tiny_recipe, train
@@ -109,3 +109,7 @@ def test_other_errors_stay_what_they_are() -> None:
         raise FileNotFoundError(errno.ENOENT, "gone")
     with pytest.raises(ResourceError, match="the disk is full"), explain_exhaustion(lambda: ""):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # torch.save
+
+
+def test_the_type_of_an_exhausted_device_is_enough() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("HIP error"))
