@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +27,8 @@ from peftkit.engine.coupled import coupled_backward
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
 from peftkit.engine.fast import take_fast_paths, without_mask
-from peftkit.engine.hardware import peak_memory_bytes
 from peftkit.engine.hooks import ExtraState, hook
+from peftkit.engine.journal import Journal, Reporter
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
@@ -40,28 +40,6 @@ from peftkit.run import Run
 from peftkit.tasks.example import Batch, Example, Runtime
 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
-
-
-class Reporter(Protocol):
-    """Who hears of the run's progress."""
-
-    def start(self, total_steps: int, first_step: int) -> None:
-        """Training begins."""
-
-    def step(self, line: dict[str, Any], total_steps: int) -> None:
-        """A step was logged."""
-
-    def advance(self, step: int) -> None:
-        """A step is done."""
-
-    def evaluation(self, line: dict[str, Any]) -> None:
-        """A split was evaluated."""
-
-    def note(self, text: str) -> None:
-        """Something to know."""
-
-    def stop(self) -> None:
-        """Training is over."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +93,8 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.parts["scaler"] = self.accelerator.scaler
         self.stop_signal = StopSignal()
-        self.skipped_steps, self.next_status = 0, 0.0
+        self.journal = Journal(self.plan, self.run, self.accelerator, self.reporter, self.total_steps)
+        self.skipped_steps = 0
         self.holds_best = False
 
     @property
@@ -191,9 +170,9 @@ class Trainer:
         progress.loss_sum += loss * num_targets
         progress.loss_targets += num_targets
         self.reporter.advance(progress.step)
-        self._log(learning_rate, grad_norm)
+        self.journal.step(progress, learning_rate, grad_norm)
         self._after_step()
-        self._log(learning_rate, grad_norm)  # the last line of a run that has stopped early
+        self.journal.step(progress, learning_rate, grad_norm)  # the last line of a run that has stopped early
 
     def _forward_backward(self, ready: _Prepared, num_targets: float) -> float:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
@@ -282,37 +261,6 @@ class Trainer:
             "A lower training.learning_rate, a max_grad_norm, warmup_steps or bf16 instead of fp16 often mends it."
         )
 
-    def _log(self, learning_rate: float, grad_norm: float) -> None:
-        progress = self.progress
-        ends = progress.step == self.total_steps or progress.stopped_early
-        if not progress.loss_targets or (progress.step % self.plan.recipe.training.logging_steps and not ends):
-            return
-        line = {
-            "step": progress.step,
-            "loss": progress.loss_sum / progress.loss_targets,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "target_tokens": progress.target_tokens,
-            "seconds": round(progress.seconds, 3),
-            "memory_bytes": peak_memory_bytes(self.plan.hardware.device),
-        }
-        progress.loss_sum, progress.loss_targets = 0.0, 0
-        self._publish(line)
-        self.reporter.step(line, self.total_steps)
-
-    def _publish(self, line: dict[str, Any], prefix: str = "train") -> None:
-        if self.accelerator.is_main_process:
-            self.run.append_metrics(line)
-        if time.monotonic() >= self.next_status:
-            self._write_status()
-        numbers = {f"{prefix}/{name}": value for name, value in flat_metrics(line).items() if name != "step"}
-        self.accelerator.log(numbers, step=line["step"])
-
-    def _write_status(self) -> None:
-        self.next_status = time.monotonic() + 1.0  # it waits for the disk, some milliseconds each time
-        if self.accelerator.is_main_process:
-            self.run.write_status("training", step=self.progress.step, total_steps=self.total_steps)
-
     def _after_step(self) -> None:
         training, step = self.plan.recipe.training, self.progress.step
         ends = step == self.total_steps or step % self.per_epoch == 0
@@ -324,7 +272,7 @@ class Trainer:
         signal_number = self.stop_signal.agreed(self.accelerator)
         if due or signal_number or step == self.total_steps or self.progress.stopped_early:
             save_checkpoint(self.run, self.model, self.parts, self.progress, training.save_total_limit)
-            self._write_status()
+            self.journal.write_status(step)
         if signal_number and step < self.total_steps:
             code = 130 if signal_number == signal.SIGINT else 75
             raise Stopped(f"stopped after step {step} of {self.total_steps}; `--resume --output {self.run.dir}` goes on", code)
