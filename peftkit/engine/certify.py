@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from peftkit.engine.adapter import read_tensors
 from peftkit.engine.facts import TENSORS, AdapterFacts
-from peftkit.engine.hardware import autocast
+from peftkit.engine.hardware import autocast, process_device
 from peftkit.engine.model import load_base_model, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
 from peftkit.engine.store import load_into
@@ -101,7 +100,7 @@ def certify(
         model: Any = load_into(base, folder, facts.method, missing)
     except LoadError as error:
         raise CertificateError(f"certificate failed: what was saved does not load: {error}") from error
-    model.to(Accelerator().device)
+    model.to(process_device())
     difference = largest_difference(reference, reference_logits(model, runtime, examples, facts.mixed_precision))
     tolerance = tolerance_for(facts) * scale_of(reference)
     result = {"max_abs_diff": difference, "tolerance": tolerance, "num_rows": len(examples), "passed": difference <= tolerance}

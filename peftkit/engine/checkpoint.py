@@ -116,7 +116,7 @@ def load_best(run: Run, model: nn.Module) -> None:
 
 def rng_state() -> dict[str, Any]:
     """State of the generators that training draws from: dropout, NEFTune noise."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     version, internal, gauss = random.getstate()
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(internal), gauss]}
 

@@ -23,6 +23,7 @@ from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hardware import autocast
 from peftkit.engine.packing import prove_packing, untouched
 from peftkit.engine.segments import SEGMENTS
+from peftkit.engine.stored import quantised_weights
 from peftkit.engine.token_loss import Head, find_head
 from peftkit.errors import RecipeError
 from peftkit.plan import Choice, Plan, RowLayout
@@ -83,11 +84,20 @@ def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
         why = "torch.compile fuses them" if training.torch_compile else "selective checkpointing keeps the products within"
         choices.append(Choice("fast: layers", "as they are", why))
         return FastPaths(rows, by_row, head, drops_mask, (), tuple(choices), attention)
-    fused = tuple(fusable(model))
+    fused = tuple(_shorter_layers(plan, model))
     if fused:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in fused).items())
         choices.append(Choice("fast: layers", kinds, "in fewer passes over memory, with less kept for the backward pass"))
     return FastPaths(rows, by_row, head, drops_mask, fused, tuple(choices), attention)
+
+
+def _shorter_layers(plan: Plan, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What is fused: on the meta device, layers that will be quantised are still plain ones."""
+    quantised = quantised_weights(model, plan.quantization) if plan.quantization is not None else {}
+    for kind, module in fusable(model):
+        layer: Any = module
+        if kind != "LoRA layers" or id(layer.base_layer.weight) not in quantised:
+            yield kind, module
 
 
 def _sees_no_padding(plan: Plan) -> bool:

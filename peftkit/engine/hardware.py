@@ -50,6 +50,12 @@ def quantizing_device() -> torch.device:
     return torch.device("cpu") if index is None else torch.device("cuda", index)
 
 
+def process_device() -> torch.device:
+    """Where this process computes; PEFTKIT_DEVICE=cpu hides a GPU."""
+    device: torch.device = Accelerator(cpu=_is_forced_to_cpu()).device
+    return device
+
+
 # Accelerators of launched runs, with the models that they wrapped: freeing DDP's reducer while holding the GIL can wait for
 # ever for gloo's thread, which waits for the GIL (seen with torch 2.13). The command line ends such a process without freeing.
 _KEPT: list[Accelerator] = []

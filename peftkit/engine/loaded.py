@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
-from peftkit.engine.hardware import autocast
+from peftkit.engine.hardware import autocast, process_device
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import bitsandbytes_layers, dequantized
@@ -150,7 +149,7 @@ def load_adapter(path: Path, base: str | None = None, device: torch.device | Non
         encoding = dataclasses.replace(encoding, max_length=limit)
     adapted: Any = load_into(model, folder, facts.method, missing)
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
-    device = device or Accelerator().device
+    device = device or process_device()
     return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)
 
 

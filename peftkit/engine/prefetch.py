@@ -25,11 +25,13 @@ class Prefetcher(Generic[T]):
         first: the first step.
         last: the step after the last one.
         ahead: steps that may lie ready.
+        gpu: index of the GPU that the thread works for. A thread begins with the first one as its own, and pinning memory there
+            would take half a GiB of it for every process of another.
     """
 
-    def __init__(self, prepare: Callable[[int], T], first: int, last: int, ahead: int = 2) -> None:
+    def __init__(self, prepare: Callable[[int], T], first: int, last: int, ahead: int = 2, *, gpu: int | None = None) -> None:
         self._prepare, self._steps = prepare, iter(range(first, last))
-        self._thread = ThreadPoolExecutor(1, "peftkit-prefetch")
+        self._thread = ThreadPoolExecutor(1, "peftkit-prefetch", _begin, (gpu,))
         self._ready: deque[tuple[int, Future[T]]] = deque()
         for _ in range(ahead):
             self._submit()
@@ -56,9 +58,14 @@ class Prefetcher(Generic[T]):
         self._thread.shutdown(cancel_futures=True)
 
 
-def pinned(batch: Batch) -> Batch:
-    """The batch in memory that a GPU can copy from while it computes; the same batch where there is none."""
-    return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
+def _begin(gpu: int | None) -> None:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in memory that a GPU can copy from while it computes; the same batch where none does."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

@@ -146,14 +146,15 @@ class Trainer:
         if self.accelerator.device.type != "cuda":
             yield self._prepare
             return
-        with Prefetcher(self._prepare, self.progress.step, self.total_steps) as prefetcher:
+        first, last, gpu = self.progress.step, self.total_steps, torch.cuda.current_device()
+        with Prefetcher(self._prepare, first, last, gpu=gpu) as prefetcher:
             yield prefetcher.get
 
     def _prepare(self, step: int) -> _Prepared:
         training = self.plan.recipe.training
         rows = self.data.train.step(step, training.batch_size, training.seed)
         chunks = self._chunks(rows)
-        return _Prepared(rows, chunks, [pinned(self.runtime.collate(chunk)) for chunk in chunks])
+        return _Prepared(rows, chunks, [pinned(self.runtime.collate(chunk), self.accelerator.device) for chunk in chunks])
 
     def _one_step(self, prepared: Callable[[int], _Prepared]) -> None:
         started = time.perf_counter()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from peftkit.engine.prefetch import Prefetcher
 from peftkit.engine.trainer import Trainer
@@ -68,3 +69,11 @@ def test_a_run_whose_steps_a_thread_prepares_is_the_same(
     monkeypatch.setattr(Trainer, "_prepared", by_thread)
     train(recipe, tmp_path / "ahead")
     assert curve(tmp_path / "ahead", "loss", "grad_norm") == curve(tmp_path / "plain", "loss", "grad_norm")
+
+
+def test_the_thread_works_for_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with Prefetcher(lambda step: step, 0, 3, gpu=1) as prefetcher:
+        assert [prefetcher.get(step) for step in range(3)] == [0, 1, 2]
+    assert chosen == [1]
