@@ -155,6 +155,8 @@ def attention(  # noqa: PLR0913, PLR0917 - torch's own parameters
 ) -> torch.Tensor:
     """`scaled_dot_product_attention`, by the kernel that torch picks on the device; arguments as there."""
     fused = query.dim() == 4 and query.shape[-1] == value.shape[-1]
+    if kernels.device == "cuda" and enable_gqa and query.dtype == torch.float32:
+        fused = False  # the kernel for 32 bits wants as many heads of keys as of queries
     if kernels.device == "cpu":
         fused = fused and dropout_p == 0.0 and not (attn_mask is not None and attn_mask.requires_grad)
     if not fused or kernels.device == "mps":

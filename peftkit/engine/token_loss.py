@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Head:
         softcap: logits are cap * tanh(logits / cap) in the end (Gemma).
         scale: what they are multiplied by before (Cohere; Granite divides).
         bias: what is added to the layer's output before that (BART), (1, V).
+        rows: hidden states whose logits are computed together; None: as many as suit the device.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class Head:
     softcap: float | None = None
     scale: float | None = None
     bias: torch.Tensor | None = None
+    rows: int | None = None
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) of hidden states (N, D)."""
@@ -68,6 +70,8 @@ class Head:
     @property
     def chunk_size(self) -> int:
         """Hidden states whose logits are computed together."""
+        if self.rows is not None:
+            return self.rows
         return _CPU_ROWS if self.device == "cpu" else max(16, _GPU_BYTES // (4 * self.num_logits))
 
 
@@ -123,10 +127,19 @@ def chunked_loss(
         head: the output layer.
         label_smoothing: mass spread over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567, section 7).
     """
-    if states.is_cuda and len(states) and weights is None and head.is_linear and importlib.util.find_spec("liger_kernel"):
+    is_ligers = head.device == "cuda" and weights is None and head.is_linear and importlib.util.find_spec("liger_kernel")
+    if is_ligers and states.is_cuda and len(states):
         return liger_loss(states, targets, head, label_smoothing)
+    if is_ligers and states.is_meta:  # where memory is planned, its chunks count
+        head = replace(head, rows=_rows_of_liger(states.shape[0], states.shape[1], head.num_logits))
     trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
     return _ChunkedLoss.apply(states, targets, weights, head, label_smoothing, *trained)
+
+
+def _rows_of_liger(num_states: int, width: int, num_logits: int) -> int:
+    """States in a chunk of Liger's (0.8.5, ops/fused_linear_cross_entropy.py): its logits are about as large as all states."""
+    parts = -(-num_logits // width)
+    return 1 << max(0, -(-num_states // parts) - 1).bit_length()
 
 
 def liger_loss(states: torch.Tensor, targets: torch.Tensor, head: Head, label_smoothing: float) -> torch.Tensor:
