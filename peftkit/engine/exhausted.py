@@ -65,9 +65,9 @@ def _planned_lines(loaded: LoadedRecipe, found: Survey) -> list[str]:
     sharding = worker_sharding(hardware.num_processes)
     planned, usable = plan_memory(found, sharding), usable_bytes(hardware)
     sizes = [(part, planned.phases[planned.peak].get(part, 0)) for part in PARTS]
-    there = f"{_size(memory_of_process(hardware))} that there are"
+    there = f"the {_size(memory_of_process(hardware))} that a process has"
     lines = [f"The plan for its fullest moment, in {planned.peak}: {_size(planned.total)} of {there}:"]
-    lines.append("  " + ", ".join(f"{part} {_size(size)}" for part, size in sizes if size))
+    lines.append("  " + ", ".join(f"{part} {_size(size)}" for part, size in sizes if size >= 2**16))
     if planned.total <= usable:
         lines.append("That would fit: other programs may hold memory too (nvidia-smi, free -h show it).")
         usable = 0

@@ -100,4 +100,4 @@ def _surely_fits(found: Survey) -> bool:
     largest = find_largest_pass(found.plan, found.data, model)
     stored = 4 * sum(parameter.numel() * (4 if parameter.requires_grad else 2) for parameter in model.parameters())
     each = 2 * layers * (272 * width + 16 * heads * largest.longest) + 16 * getattr(config, "vocab_size", 0)
-    return 2 * (stored + largest.tokens * each + found.resident_bytes) < usable_bytes(found.plan.hardware)
+    return stored + largest.tokens * each + 2 * found.resident_bytes < usable_bytes(found.plan.hardware)
