@@ -74,7 +74,7 @@ def _planned_lines(loaded: LoadedRecipe, found: Survey) -> list[str]:
     remedies = remedies_for(loaded, found, planned, sharding)
     lines.append("What helps, each with what it saves; what leaves the result as it is comes first:")
     lines += [f"  {_remedy_text(remedy, usable)}" for remedy in remedies]
-    return [*lines, *_together(remedies, planned, usable), _shorter_rows(found.plan, found.data, planned)]
+    return [*lines, *_together(found.plan, remedies, usable), _shorter_rows(found.plan, found.data, planned)]
 
 
 def _remedy_text(remedy: Remedy, usable: int) -> str:
@@ -84,11 +84,14 @@ def _remedy_text(remedy: Remedy, usable: int) -> str:
     return f"{key}: {value}  saves {_size(remedy.saved)}{enough} ({result}, time x {remedy.time:g})"
 
 
-def _together(remedies: list[Remedy], planned: MemoryPlan, usable: int) -> list[str]:
-    """Where no setting alone is enough: the command that tries combinations."""
+def _together(plan: Plan, remedies: list[Remedy], usable: int) -> list[str]:
+    """Where no setting alone is enough: what tries combinations."""
     if not usable or any(remedy.total <= usable for remedy in remedies):
         return []
-    return ["  None is enough alone: `peftkit plan RECIPE --fit GIB` tries them together"]
+    if plan.hardware.device != "cuda":
+        return ["  none of these is enough alone; several together may be"]
+    size = plan.hardware.memory_bytes / 2**30
+    return [f"  none of these is enough alone; `peftkit plan RECIPE --fit {size:.1f}` tries them together"]
 
 
 def _shorter_rows(plan: Plan, data: Data, planned: MemoryPlan) -> str:
