@@ -65,8 +65,8 @@ def _planned_lines(loaded: LoadedRecipe, found: Survey) -> list[str]:
     sharding = worker_sharding(hardware.num_processes)
     planned, usable = plan_memory(found, sharding), usable_bytes(hardware)
     sizes = [(part, planned.phases[planned.peak].get(part, 0)) for part in PARTS]
-    there = f"the {_size(memory_of_process(hardware))} that a process has"
-    lines = [f"The plan for its fullest moment, in {planned.peak}: {_size(planned.total)} of {there}:"]
+    there = _size(memory_of_process(hardware))
+    lines = [f"The plan for its fullest moment, in {planned.peak}: {_size(planned.total)}, where a process has {there}:"]
     lines.append("  " + ", ".join(f"{part} {_size(size)}" for part, size in sizes if size >= 2**16))
     if planned.total <= usable:
         lines.append("That would fit: other programs may hold memory too (nvidia-smi, free -h show it).")
