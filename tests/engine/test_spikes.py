@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from peftkit.engine.checkpoint import Progress
 from peftkit.engine.examples import epoch_order
+from peftkit.engine.journal import Journal
 from peftkit.engine.spikes import WARM_UP, WINDOW, note_spike
+from peftkit.run import Run
 from peftkit.tasks.example import Example
 from tests.conftest import write_jsonl
 from tests.runs import lines_of, run_cli, tiny_recipe
@@ -107,3 +112,15 @@ def test_a_resumed_run_tells_the_same(spiked: tuple[Path, Path, Any], tmp_path: 
     resumed = run_cli("train", recipe, "--output", tmp_path / "run", "--resume")
     assert resumed.code == 0, resumed.err
     assert [line.get("spike") for line in lines_of(tmp_path / "run")] == [line.get("spike") for line in lines_of(run)]
+
+
+def test_steps_that_fp16_skipped_are_counted_in_the_metrics(tmp_path: Path) -> None:
+    plan: Any = SimpleNamespace(recipe=SimpleNamespace(training=SimpleNamespace(logging_steps=1)))
+    plan.hardware = SimpleNamespace(device="cpu")
+    accelerator: Any = MagicMock(is_main_process=True)
+    journal = Journal(plan, Run(tmp_path), accelerator, MagicMock(), 9)
+    progress = Progress(step=1, loss_sum=2.0, loss_targets=1)
+    journal.step(progress, 0.1, 1.0)
+    progress = dataclasses.replace(progress, step=2, loss_targets=1, skipped_steps=3)
+    journal.step(progress, 0.1, 1.0)
+    assert [line.get("skipped_steps") for line in lines_of(tmp_path)] == [None, 3]
