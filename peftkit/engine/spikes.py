@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Iterable, Sequence
 
 from peftkit.engine.checkpoint import Progress
 from peftkit.tasks.example import Example
@@ -36,7 +35,7 @@ def note_spike(progress: Progress, loss: float, grad_norm: float, rows: Sequence
     progress.spikes += any(odd)
     if not is_first:
         return ""
-    usual = f"loss {loss:.4f} (usually {median(losses):.4f}), grad norm {grad_norm:.3f} (usually {median(norms):.3f})"
+    usual = f"loss {loss:.4f} (usually {_median(losses):.4f}), grad norm {grad_norm:.3f} (usually {_median(norms):.3f})"
     return f"note: step {progress.step} is unlike the last {len(losses)}: {usual}. Its rows, the longest first: {_named(rows)}"
 
 
@@ -45,11 +44,17 @@ def _is_odd(value: float, last: Sequence[float], limits: tuple[float, float, flo
     if len(last) < WARM_UP:
         return False
     deviations, factor, least = limits
-    middle = median(last)
+    middle = _median(last)
     excess = value - middle
     if excess <= least or value <= factor * middle:  # most steps go no further
         return False
-    return excess > deviations * median(abs(other - middle) for other in last)
+    return excess > deviations * _median(abs(other - middle) for other in last)
+
+
+def _median(values: Iterable[float]) -> float:
+    """The middle one, the upper of two: `statistics.median` takes several times as long, at every step."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
 
 
 def _named(rows: Sequence[Example]) -> str:
