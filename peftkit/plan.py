@@ -19,7 +19,9 @@ from peftkit.tasks.base import Task
 
 Precision = Literal["no", "bf16", "fp16"]
 RowLayout = Literal["padded", "packed", "end_to_end"]
+MICRO_BATCH = "training.micro_batch_size"
 MAX_AUTO_MICRO_BATCH = 8
+_LEFT_OPEN = ("model.dtype", "training.mixed_precision", MICRO_BATCH, "training.learning_rate")
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,27 @@ class Plan:
         return METHODS[self.recipe.adapter.method]
 
     @property
+    def decided(self) -> list[str]:
+        """Keys that the recipe leaves to this machine; another machine may decide otherwise."""
+        return [key for key in _LEFT_OPEN if self.decides(key)]
+
+    def decides(self, key: str) -> bool:
+        """Whether the recipe leaves a key of `section.name` open."""
+        section, _, name = key.partition(".")
+        return bool(getattr(getattr(self.recipe, section), name) == "auto")
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the best adapter is kept rather than the last."""
         wanted = self.recipe.training.load_best_model_at_end
         has_validation = self.recipe.data is not None and self.recipe.data.validation is not None
         return has_validation if wanted is None else wanted
+
+
+def with_micro_batch(plan: Plan, size: int, reason: str) -> Plan:
+    """The plan with another decision on `training.micro_batch_size`."""
+    others = tuple(choice for choice in plan.choices if choice.key != MICRO_BATCH)
+    return dataclasses.replace(plan, micro_batch_size=size, choices=(*others, Choice(MICRO_BATCH, size, reason)))
 
 
 def make_plan(loaded: LoadedRecipe, hardware: Hardware) -> Plan:
@@ -116,7 +134,7 @@ def make_plan(loaded: LoadedRecipe, hardware: Hardware) -> Plan:
     if micro == "auto":
         micro = max(1, min(MAX_AUTO_MICRO_BATCH, training.batch_size // hardware.num_processes))
         reason = f"at most {MAX_AUTO_MICRO_BATCH}, and {training.batch_size} over {hardware.num_processes} process(es)"
-        choices.append(Choice("training.micro_batch_size", micro, reason))
+        choices.append(Choice(MICRO_BATCH, micro, reason))
     rate = training.learning_rate
     if rate == "auto":
         rate, source = METHODS[recipe.adapter.method].learning_rate_for(recipe.task)

@@ -351,6 +351,7 @@ def environment(plan: Plan, fingerprints: dict[str, str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": plan.hardware.device_name,
         "num_processes": plan.hardware.num_processes,
+        "decided": plan.decided,
         "git_commit": _git_commit(plan.recipe_dir),
         "argv": [_without_secret(argument) for argument in sys.argv],
         "fingerprints": fingerprints,

@@ -13,6 +13,7 @@ from peftkit.engine.examples import step_rows
 from peftkit.engine.fit import gpu_of, propose
 from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.memory import plan_memory
+from peftkit.engine.micro_batch import settle_micro_batch
 from peftkit.engine.survey import survey
 from peftkit.launch import Sharding
 from peftkit.plan import Plan, num_steps
@@ -34,6 +35,7 @@ def plan(loaded: LoadedRecipe, *, sharding: Sharding | None = None, fit_gib: flo
     hardware = hardware if fit_gib is None else gpu_of(fit_gib, hardware)
     with console.progress(None, "reading rows") as advance:
         found = survey(loaded, on_row=lambda: advance(1), hardware=hardware)
+    found = settle_micro_batch(found, sharding)
     decided, data, blueprint = found.plan, found.data, found.blueprint
     memory = plan_memory(found, sharding)
     result = summary(decided, blueprint) | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
 from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics
+from peftkit.engine.exhausted import explain_training_memory
 from peftkit.engine.facts import facts_of, write_model_card
 from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, training_memory_text
 from peftkit.engine.hardware import WHOLE_MODELS, peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.memory import plan_memory
+from peftkit.engine.micro_batch import settle_micro_batch
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
 from peftkit.engine.savings import save_memory
 from peftkit.engine.store import initial_state, save_adapter
@@ -35,12 +38,16 @@ from peftkit.tasks.example import Runtime
 def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
     """Train, evaluate and certify; returns the summary that `--json` prints."""
     with console.progress(None, "reading rows", speaks=process_index() == 0) as advance:
-        date = _date_of_run(loaded, output) if resume else None
-        found = survey(loaded, date=date, on_row=lambda: advance(1))
+        before = _run_to_continue(loaded, output) if resume else None
+        found = survey(loaded, date=before.template_date if before else None, on_row=lambda: advance(1))
+    found = settle_micro_batch(found, worker_sharding(found.plan.hardware.num_processes), before)
     run = open_run(loaded, found.plan, output, resume)
     reporter = console.reporter(process_index(), run.log)
     try:
-        with explain_exhaustion(lambda: training_memory_text(found.plan, found.data)):
+        with (
+            explain_exhaustion(lambda: training_memory_text(found.plan, found.data)),
+            explain_training_memory(loaded, found),
+        ):
             if process_index() == 0:
                 model = model_fingerprint(base_of(found.plan), found.blueprint.config)
                 facts = environment(found.plan, found.data.fingerprints | {"model": model})
@@ -54,10 +61,9 @@ def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, 
         raise
 
 
-def _date_of_run(loaded: LoadedRecipe, output: Path | None) -> str | None:
-    """The day that the chat template wrote when the run began: a run that goes on on another day sees the same tokens."""
-    run = Run(output) if output is not None else newest_unfinished(loaded.recipe)
-    return run.template_date if run is not None else None
+def _run_to_continue(loaded: LoadedRecipe, output: Path | None) -> Run | None:
+    """The run that goes on, whose day the chat template writes: on another day it sees the same tokens."""
+    return Run(output) if output is not None else newest_unfinished(loaded.recipe)
 
 
 def _announce(reporter: console.LineReporter, run: Run, found: Survey) -> None:
@@ -139,6 +145,7 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     if plan.recipe.training.eval_on_start and "test" in data.held_out and not trainer.is_resumed:
         trainer.evaluate("test")
     trainer.fit()
+    found = dataclasses.replace(found, plan=trainer.plan)
     evaluated = [split for split in ("validation", "test") if split in data.held_out]
     metrics: dict[str, Any] = {split: flat_metrics(trainer.final_metrics(split)) for split in evaluated}
     summary = _summary(run, trainer, metrics)

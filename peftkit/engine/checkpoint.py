@@ -7,7 +7,7 @@ import json
 import pickle
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class Progress:
         loss_sum: summed loss since the last logged line.
         loss_targets: targets that sum is over.
         stopped_early: whether early stopping ended the run.
+        skipped_steps: steps whose gradients were not finite under fp16, so that nothing was learned in them.
+        spikes: odd steps since the last logged line (see engine.spikes).
+        recent: loss, gradient norm and whether it was odd, of each of the last steps.
     """
 
     step: int = 0
@@ -49,6 +52,9 @@ class Progress:
     loss_sum: float = 0.0
     loss_targets: float = 0
     stopped_early: bool = False
+    skipped_steps: int = 0
+    spikes: int = 0
+    recent: list[tuple[float, float, bool]] = field(default_factory=list)
 
 
 def checkpoint_dir(run: Run, step: int) -> Path:

@@ -19,7 +19,7 @@ from peftkit.engine.survey import Survey
 from peftkit.engine.trace import Held
 from peftkit.errors import PeftkitError
 from peftkit.launch import Sharding
-from peftkit.plan import Hardware, make_plan
+from peftkit.plan import MICRO_BATCH, Hardware, make_plan, with_micro_batch
 from peftkit.recipe import LoadedRecipe, load_recipe
 
 # Of a GPU's memory, what a run cannot use: CUDA's context, and holes in what the allocator has reserved. PEFT's published runs
@@ -28,6 +28,7 @@ CONTEXT_BYTES = 512 * 2**20
 HOLES = 1.09
 MOST_PROPOSALS = 5
 
+_SAME_RESULT = ("training.micro_batch_size", "training.gradient_checkpointing", "training.activation_offloading")
 _Base = tuple[str, str, bool]  # what blueprints differ by: dtype, quantisation, and whether lora_A is frozen
 Setting = tuple[str, float]  # a `--set` argument and how much longer a step takes with it, very roughly
 
@@ -51,6 +52,44 @@ class Proposal:
     def report(self) -> dict[str, Any]:
         """What `plan --json` says of it."""
         return {"set": list(self.settings), "memory_bytes": self.total, "gpu_bytes": self.needed, "relative_time": self.time}
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A setting that saves memory.
+
+    Attributes:
+        setting: a `--set` argument.
+        saved: bytes less at the fullest moment.
+        total: bytes of the plan with it.
+        time: how much longer a step takes, very roughly; 1: as long.
+    """
+
+    setting: str
+    saved: int
+    total: int
+    time: float
+
+    @property
+    def keeps_result(self) -> bool:
+        """Whether the loss stays what it is."""
+        return self.setting.startswith(_SAME_RESULT)
+
+
+def remedies_for(loaded: LoadedRecipe, found: Survey, planned: MemoryPlan, sharding: Sharding) -> list[Remedy]:
+    """What each setting alone would save, those that leave the result as it is first, then those that cost least time.
+
+    Args:
+        loaded: the recipe.
+        found: what is known of it.
+        planned: its memory.
+        sharding: how processes share it.
+    """
+    search = _Search(loaded, found, sharding)
+    tried = [(setting, search.try_out((setting,))) for lever in levers(found) for setting in lever]
+    remedies = [Remedy(name, planned.total - with_it.total, with_it.total, time) for (name, time), with_it in tried if with_it]
+    useful = [remedy for remedy in remedies if remedy.saved > 0]
+    return sorted(useful, key=lambda remedy: (not remedy.keeps_result, remedy.time))
 
 
 def gpu_of(gib: float, found: Hardware) -> Hardware:
@@ -153,6 +192,8 @@ class _Search:
         try:
             changed = load_recipe(self.loaded.path, [*self.loaded.overrides, *settings])
             plan = settle_quantization(make_plan(changed, self.found.plan.hardware))
+            if plan.decides(MICRO_BATCH):  # what is provisional in it is settled in the run's
+                plan = with_micro_batch(plan, self.found.plan.micro_batch_size, "as the run has it")
             base = (plan.dtype, str(plan.quantization), plan.recipe.training.optim == "lorafa")
             if base not in self.blueprints:
                 outputs = self.found.data.encoding.num_outputs

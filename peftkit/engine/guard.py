@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -18,11 +20,37 @@ from peftkit.errors import ResourceError
 if TYPE_CHECKING:
     from peftkit.engine.data import Data
     from peftkit.plan import Plan
+    from peftkit.tasks.example import Example
 
 # Allocators and libraries raise plain RuntimeErrors too: only their texts tell.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "status_alloc_failed")
 _DISK_FULL = ("no space left on device", "disk quota exceeded", "unexpected pos")  # safetensors twice, torch.save
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+
+
+class NoMemoryError(MemoryError):
+    """A training pass that memory did not suffice for.
+
+    Attributes:
+        when: where in the run.
+        plan: as it was then.
+        shape: sequences and tokens of the largest of these passes.
+        origins: its rows.
+    """
+
+    def __init__(self, when: str, plan: Plan, chunks: Sequence[Sequence[Example]]) -> None:
+        def shape(chunk: Sequence[Example]) -> tuple[int, int]:
+            return sum(len(row.sequences) for row in chunk), max(row.length for row in chunk)
+
+        largest = max(chunks, key=lambda chunk: math.prod(shape(chunk)))
+        self.when, self.plan, self.shape = when, plan, shape(largest)
+        self.origins = [origin for row in largest for origin in row.origin.split(", ")]
+        super().__init__(self.place)
+
+    @property
+    def place(self) -> str:
+        """When, and with how much."""
+        return f"{self.when}: {self.shape[0]} x {self.shape[1]} tokens"
 
 
 @contextlib.contextmanager
@@ -45,6 +73,21 @@ def explain_exhaustion(memory_text: Callable[[], str]) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in _REFUSED:
             what = f"{_file_of(error)} cannot be used: {error.strerror}"
             raise ResourceError(f"{what}; change who may read and write there, or name another place") from error
+        raise
+
+
+@contextlib.contextmanager
+def memory_told(when: str, plan: Plan, chunks: Sequence[Sequence[Example]]) -> Iterator[None]:
+    """Say of memory that runs out in a step which passes it was needed for.
+
+    Raises:
+        NoMemoryError: naming them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise NoMemoryError(when, plan, chunks) from error
         raise
 
 
@@ -111,8 +154,16 @@ def give_back_heap() -> None:
         trim(0)
 
 
-def training_memory_text(plan: Plan, data: Data) -> str:
-    """The shape of the batch, and settings that need less."""
+def reclaim() -> None:
+    """Return what is free to the device and to the system; cycles of modules go too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    give_back_heap()
+
+
+def training_remedies(plan: Plan, data: Data) -> list[str]:
+    """Settings that need less, without a memory plan."""
     longest = int(data.sample.lengths.max())
     remedies = []
     if plan.micro_batch_size > 1:
@@ -122,6 +173,11 @@ def training_memory_text(plan: Plan, data: Data) -> str:
     if plan.dtype == "float32":
         remedies.append("model.dtype: bfloat16 (half the weights)")
     remedies.append("`peftkit plan RECIPE --fit GPU_GIB` proposes settings for a GPU of that size")
-    remedies.append(f"data.max_length below {longest} with data.truncation")
-    shape = f"{plan.micro_batch_size} x {longest} tokens"
-    return memory_text(f"on {plan.hardware.device_name} with micro-batches of up to {shape}", remedies)
+    return [*remedies, f"data.max_length below {longest} with data.truncation"]
+
+
+def training_memory_text(plan: Plan, data: Data) -> str:
+    """The shape of the batch, and settings that need less."""
+    shape = f"{plan.micro_batch_size} x {int(data.sample.lengths.max())} tokens"
+    what = f"on {plan.hardware.device_name} with micro-batches of up to {shape}"
+    return memory_text(what, training_remedies(plan, data))

@@ -95,6 +95,11 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_processes(num_processes: int) -> int:
+    """Processes on this machine, of so many."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(num_processes)))
+
+
 def resident_bytes() -> int:
     """What this process holds in the machine's memory now: libraries, tokenizer, indices of the rows."""
     return int(psutil.Process().memory_info().rss)

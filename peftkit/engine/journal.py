@@ -70,7 +70,9 @@ class Journal:
             "seconds": round(progress.seconds, 3),
             "memory_bytes": peak_memory_bytes(self.plan.hardware.device),
         }
-        progress.loss_sum, progress.loss_targets = 0.0, 0
+        line |= {"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}
+        line |= {"spike": True} if progress.spikes else {}
+        progress.loss_sum, progress.loss_targets, progress.spikes = 0.0, 0, 0
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
         if time.monotonic() >= self._next_status:

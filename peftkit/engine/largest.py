@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from peftkit.engine.adapter import base_of_adapted
@@ -17,17 +19,44 @@ from peftkit.tasks.example import Batch, Runtime
 
 _MOST_STEPS = 4000  # optimizer steps that are looked through
 _MOST_PACKED_STEPS = 200  # packing a step takes a hundred times as long as dividing it
+Sizes = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LargestPass:
+    """The training pass that needs most memory, and where in the run it is.
+
+    Attributes:
+        weight: what it is the largest by: tokens, with targets in tokens (see `sizes_of`).
+        sequences: the rows of each of its sequences, as places in the sample.
+        step: optimizer step that it belongs to, from 0.
+        number: its place among the passes of that step.
+        count: passes of that step.
+        tokens: places of its batch, padding too.
+        longest: of one sequence.
+    """
+
+    weight: float
+    sequences: list[list[int]]
+    step: int
+    number: int
+    count: int
+    tokens: int
+    longest: int
+
+
+def find_largest_pass(plan: Plan, data: Data, model: nn.Module) -> LargestPass:
+    """The largest pass of any process; of a stream, whose rows are not known, that of the rows that were checked."""
+    return max(_passes(plan, data, sizes_of(plan, data.sample, model)), key=lambda found: found.weight)
 
 
 def largest_pass(plan: Plan, data: Data, model: nn.Module, runtime: Runtime) -> tuple[Batch, int]:
     """The batch of the training pass that needs most memory, as the model takes it, and how many passes its step has."""
-    sample = data.sample
-    weights = sizes_of(plan, sample, model)
-    _, sequences, count = max(_passes(plan, data, weights), key=lambda found: found[0])
+    found, sample = find_largest_pass(plan, data, model), data.sample
     packs = layout_of(plan, data.encoding.max_length).joins
-    examples = [join([sample[row] for row in rows]) if packs else sample[rows[0]] for rows in sequences]
+    examples = [join([sample[row] for row in rows]) if packs else sample[rows[0]] for rows in found.sequences]
     batch = runtime.collate(examples)
-    return (for_model(batch, model, way_of(model)) if packs else batch), count
+    return (for_model(batch, model, way_of(model)) if packs else batch), found.count
 
 
 def largest_evaluation(plan: Plan, data: Data, runtime: Runtime) -> tuple[Batch, list[Any]] | None:
@@ -41,8 +70,8 @@ def largest_evaluation(plan: Plan, data: Data, runtime: Runtime) -> tuple[Batch,
     return runtime.collate(largest), largest
 
 
-def sizes_of(plan: Plan, sample: Examples, model: nn.Module) -> list[tuple[int, int, float]]:
-    """Of each row: its length, how many sequences it is, and what its targets weigh beside tokens.
+def sizes_of(plan: Plan, sample: Examples, model: nn.Module) -> Sizes:
+    """Of each row: its length, how many sequences it is, and what its targets weigh beside tokens, each (N,).
 
     Logits of a target against activations of a token, both in float32 and roughly (see docs/memory.md): 12 bytes for each
     entry of the vocabulary, 160 for each hidden unit of each layer.
@@ -52,22 +81,27 @@ def sizes_of(plan: Plan, sample: Examples, model: nn.Module) -> list[tuple[int, 
     width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1
     layers = getattr(config, "num_hidden_layers", None) or 1
     weight = 12 * getattr(config, "vocab_size", 0) / (160 * width * layers) if plan.task.generates else 0.0
-    columns = (sample.lengths, sample.column("num_input_tokens"), sample.column("num_target_tokens"))
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [(length, max(1, -(-tokens // max(1, length))), weight * targets) for length, tokens, targets in rows]
+    lengths = sample.lengths
+    counts = np.maximum(1, -(-sample.column("num_input_tokens") // np.maximum(1, lengths)))
+    return lengths, counts, weight * sample.column("num_target_tokens")
 
 
-def _passes(plan: Plan, data: Data, sizes: list[tuple[int, int, float]]) -> Iterator[tuple[float, list[list[int]], int]]:
-    """Of every training pass: what it weighs, its rows by sequence, and the passes of its step."""
+def _passes(plan: Plan, data: Data, sizes: Sizes) -> Iterator[LargestPass]:
+    """Every training pass, with what it weighs."""
     training, layout = plan.recipe.training, layout_of(plan, data.encoding.max_length)
     most = _MOST_STEPS if layout.pack_length is None else _MOST_PACKED_STEPS
+    processes = plan.hardware.num_processes
+    dealt = range(1 if layout.by_length else processes)  # the longest sequences go to the first process
     for step in range(min(most, num_steps(plan, data.train.num_rows))):
-        rows = step_rows(len(sizes), training.batch_size, training.seed, step)
-        passes = layout.passes([sizes[row][0] for row in rows], plan.hardware.num_processes)
-        for sequences in passes:
-            chosen = [[rows[place] for place in places] for places in sequences]
-            if not chosen:
-                continue
-            longest = max(sum(sizes[row][0] for row in part) for part in chosen)
-            count = sum(max(sizes[row][1] for row in part) for part in chosen)
-            yield longest * count + sum(sizes[row][2] for part in chosen for row in part), chosen, len(passes)
+        rows = step_rows(len(data.sample), training.batch_size, training.seed, step)
+        lengths, counts, targets = (column[rows].tolist() for column in sizes)
+        for process in dealt:
+            passes = layout.passes(lengths, processes, process)
+            for number, sequences in enumerate(passes):
+                if not sequences:
+                    continue
+                longest = max(sum(lengths[place] for place in places) for places in sequences)
+                count = sum(max(counts[place] for place in places) for places in sequences)
+                weight = longest * count + sum(targets[place] for places in sequences for place in places)
+                chosen = [[rows[place] for place in places] for places in sequences]
+                yield LargestPass(weight, chosen, step, number, len(passes), longest * count, longest)

@@ -27,12 +27,16 @@ from peftkit.engine.coupled import coupled_backward
 from peftkit.engine.data import Data
 from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
 from peftkit.engine.fast import take_fast_paths, without_mask
+from peftkit.engine.first_pass import run_largest_pass
+from peftkit.engine.guard import memory_told
+from peftkit.engine.hardware import WHOLE_MODELS
 from peftkit.engine.hooks import ExtraState, hook
 from peftkit.engine.journal import Journal, Reporter
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
 from peftkit.engine.signals import StopSignal
+from peftkit.engine.spikes import note_spike
 from peftkit.engine.step import Step
 from peftkit.errors import NonFiniteError, Stopped
 from peftkit.plan import Plan, num_steps, steps_per_epoch
@@ -116,6 +120,9 @@ class Trainer:
             Stopped: a signal asked for it; a checkpoint was written.
         """
         self._resume()
+        with self._neftune():
+            self.wrapped.train()
+            run_largest_pass(self)
         training = self.plan.recipe.training
         if training.eval_on_start and self.progress.step == 0 and "validation" in self.data.held_out:
             self._evaluate_and_compare()
@@ -153,7 +160,7 @@ class Trainer:
     def _prepare(self, step: int) -> _Prepared:
         training = self.plan.recipe.training
         rows = self.data.train.step(step, training.batch_size, training.seed)
-        chunks = self._chunks(rows)
+        chunks = self.chunks(rows)
         return _Prepared(rows, chunks, [pinned(self.runtime.collate(chunk), self.accelerator.device) for chunk in chunks])
 
     def _one_step(self, prepared: Callable[[int], _Prepared]) -> None:
@@ -162,14 +169,17 @@ class Trainer:
         ready = prepared(self.progress.step)
         rows = ready.rows
         num_targets = sum(row.num_targets for row in rows)
-        loss = self._forward_backward(ready, num_targets)
-        grad_norm = self._update(rows)
+        with memory_told(f"in step {self.progress.step + 1}", self.plan, ready.chunks):
+            loss = self._forward_backward(ready, num_targets)
+            grad_norm = self._update(rows)
         progress = self.progress
         progress.step += 1
         progress.target_tokens += sum(row.num_target_tokens for row in rows)
         progress.seconds += time.perf_counter() - started
         progress.loss_sum += loss * num_targets
         progress.loss_targets += num_targets
+        if odd := note_spike(progress, loss, grad_norm, rows):
+            self.reporter.note(odd)
         self.reporter.advance(progress.step)
         self.journal.step(progress, learning_rate, grad_norm)
         self._after_step()
@@ -189,7 +199,7 @@ class Trainer:
             self._fail("the loss", total, [row for chunk in bad for row in chunk] or ready.rows)
         return total
 
-    def _chunks(self, rows: list[Example]) -> list[list[Example]]:
+    def chunks(self, rows: list[Example]) -> list[list[Example]]:
         """This process's micro-batches; where rows are packed, each of their examples is a pack."""
         accelerator, lengths = self.accelerator, [row.length for row in rows]
         passes = self.layout.passes(lengths, accelerator.num_processes, accelerator.process_index)
@@ -211,6 +221,20 @@ class Trainer:
                 accelerator.backward(trained_on * accelerator.num_processes)
             losses.append(loss.detach())
         return losses
+
+    def try_pass(self, chunk: list[Example]) -> None:
+        """Run a micro-batch forward and backward as a step does, but share nothing with other processes."""
+        batch, alone = self.runtime.collate(chunk), self.accelerator.distributed_type in WHOLE_MODELS
+        with self.accelerator.no_sync(self.wrapped) if alone else contextlib.nullcontext():
+            if self.runtime.couples_rows:
+                self.accelerator.backward(self.wrapped(self._on_device(batch), outputs_only=True).sum())
+            else:
+                self._separate_losses([batch], max(1, sum(row.num_targets for row in chunk)))
+
+    def take_plan(self, plan: Plan) -> None:
+        """Go on with another plan, as large passes ask for it; only between steps."""
+        self.plan = self.journal.plan = plan
+        self.layout = layout_of(dataclasses.replace(plan, rows=self.paths.rows), self.data.encoding.max_length)
 
     def loss_sum(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The task's loss, with the recipe's label smoothing, summed over the targets."""
@@ -236,6 +260,7 @@ class Trainer:
         grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, limit if limit is not None else math.inf))
         if not math.isfinite(grad_norm):
             self.skipped_steps += 1
+            self.progress.skipped_steps += 1
             if self.accelerator.scaler is None or self.skipped_steps > MAX_SKIPPED_STEPS:
                 self._fail("the gradient norm", grad_norm, rows)
         else:

@@ -199,7 +199,9 @@ class TrainingSection(Section):
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; replaces num_train_epochs.")
     batch_size: PositiveInt = Field(32, description="Sequences per optimizer step, over all processes together.")
     micro_batch_size: Literal["auto"] | PositiveInt = Field(
-        "auto", description="Sequences per process and forward pass; the rest is accumulated. auto: at most 8."
+        "auto",
+        description="Sequences per process and forward pass; the rest is accumulated. auto: as many as fit and are of use, on "
+        "a CPU at most 8; halved where the largest pass runs out of memory before the first step.",
     )
     optim: Literal[
         "adamw_torch",
