@@ -157,7 +157,6 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
         run_dir = launcher.worker_run_dir(loaded, output, resume)
         arguments = launcher.worker_arguments(loaded, run_dir, resume, as_json)
         raise typer.Exit(launcher.launch(processes, launch, arguments))
-    launcher.refuse_sharded_worker()
     from peftkit.commands import train as command
 
     with loaded.located():

@@ -23,7 +23,6 @@ from peftkit.run import newest_unfinished
 
 WORKER_MARK = "PEFTKIT_WORKER"
 EXIT_FILE = "PEFTKIT_EXIT_FILE"  # where the first worker that fails writes its exit code
-_SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # how accelerate tells its workers
 
 
 @dataclass(frozen=True)
@@ -81,25 +80,6 @@ def _read_launch_file(path: Path) -> dict[str, Any]:
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise RecipeError(f"--launch: `{path}`: num_processes: {count} is not allowed; it takes a whole number above 0")
     return facts
-
-
-def _refuse_sharded(kind: str) -> None:
-    if kind in _SHARDED:
-        raise RecipeError(
-            f"--launch: distributed_type {kind} shares the weights out, and train cannot save and certify those yet; "
-            "`peftkit plan --launch` can plan for it. Train with a launch file of type MULTI_GPU, or with --processes"
-        )
-
-
-def refuse_sharded_worker() -> None:
-    """Refuse to train in a process that accelerate's launcher has started with FSDP or DeepSpeed.
-
-    Raises:
-        RecipeError: it has.
-    """
-    for kind, variable in _SHARDED.items():
-        if os.environ.get(variable, "").lower() in ("true", "1"):
-            _refuse_sharded(kind)
 
 
 def worker_sharding(processes: int) -> Sharding:
@@ -215,7 +195,7 @@ def launch(processes: int | None, config: Path | None, arguments: Sequence[str])
     """
     check_launch(processes, config)
     if config is not None:
-        _refuse_sharded(str(_read_launch_file(config).get("distributed_type")).upper())
+        _read_launch_file(config)
     heard: list[int] = []
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = config or write_launch_file(Path(folder) / "launch.yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.token_loss import Head, chunked_loss
 from peftkit.tasks.example import IGNORE_INDEX, Batch, Runtime
 from peftkit.tasks.language_torch import split_labels
@@ -24,6 +25,8 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.runtime, self.head, self.label_smoothing = runtime, head, label_smoothing
+        # FSDP2 gathers these layers one after the other (accelerate 1.15 asks the module that it prepares).
+        self._no_split_modules = list(getattr(base_of_adapted(model), "_no_split_modules", None) or [])
 
     def forward(self, batch: Batch, *, outputs_only: bool = False) -> torch.Tensor:
         """The task's loss summed over the batch's targets, shape (); or what its `loss_sum` and `score` take.

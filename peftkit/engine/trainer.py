@@ -32,6 +32,7 @@ from peftkit.engine.journal import Journal, Reporter
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
+from peftkit.engine.sharding import WholeState, gathered, mark_root, own_part, place_whole
 from peftkit.engine.signals import StopSignal
 from peftkit.engine.step import Step
 from peftkit.errors import NonFiniteError, Stopped
@@ -78,16 +79,17 @@ class Trainer:
     def __post_init__(self) -> None:
         self.total_steps = num_steps(self.plan, self.data.train.num_rows) if trained_parameters(self.model) else 0
         self.per_epoch = steps_per_epoch(self.plan, self.data.train.num_rows)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(self.model, self.plan)
         self.scheduler = build_scheduler(optimizer, self.plan, self.total_steps)
-        self.model.to(self.accelerator.device)
+        place_whole(self.model, self.accelerator)
         self.paths = take_fast_paths(self.plan, self.model, self.runtime, self.data.sample[:3], self.reporter.note)
         self.layout = layout_of(dataclasses.replace(self.plan, rows=self.paths.rows), self.data.encoding.max_length)
         self.packing_way = way_of(self.model) if self.layout.joins else None
         self.step = Step(self.model, self.runtime, self.paths.head, self.plan.recipe.training.label_smoothing_factor)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.step, optimizer)
-        self.parts: dict[str, Any] = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        mark_root(self.model, self.wrapped)
+        self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        self.parts: dict[str, Any] = {"optimizer": WholeState(self.optimizer), "scheduler": self.scheduler}
         if hook(self.plan.method, "extra_state"):
             self.parts["adapter"] = ExtraState(self.plan.method, self.model)
         if self.accelerator.scaler is not None:
@@ -232,7 +234,8 @@ class Trainer:
     def _update(self, rows: list[Example]) -> float:
         """Clip, check, step; returns the gradient norm before clipping."""
         limit = self.plan.recipe.training.max_grad_norm
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, limit if limit is not None else math.inf))
+        norm = self.accelerator.clip_grad_norm_(self.trained, limit if limit is not None else math.inf)
+        grad_norm = float(gathered(norm))
         if not math.isfinite(grad_norm):
             self.skipped_steps += 1
             if self.accelerator.scaler is None or self.skipped_steps > MAX_SKIPPED_STEPS:
@@ -245,7 +248,7 @@ class Trainer:
             if after_step := hook(self.plan.method, "after_step"):
                 after_step(self.model, self.progress.step)
         self.optimizer.zero_grad()
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.trained])
+        norms = torch._foreach_norm([own_part(parameter.detach()) for parameter in self.trained])
         if not torch.stack([norm.float() for norm in norms]).isfinite().all():  # one wait for the device, not one a parameter
             self._fail("a weight", math.nan, rows)
         return grad_norm
@@ -298,6 +301,14 @@ class Trainer:
         self.reporter.evaluation(line)
         return metrics
 
+    def whole_logits(self, batch: Batch) -> torch.Tensor:
+        """What the task's scores are taken from, by way of whole logits, where a model has to be called as it is wrapped."""
+        head, self.step.head = self.step.head, None
+        try:
+            return self.wrapped(batch, outputs_only=True)
+        finally:
+            self.step.head = head
+
     @property
     def weights_step(self) -> int:
         """The step whose weights are in the model."""
@@ -320,7 +331,7 @@ class Trainer:
         threshold = training.early_stopping_threshold
         if progress.best_value is None or sign * (value - progress.best_value) > threshold:
             progress.best_value, progress.best_step, progress.evaluations_without_best = value, progress.step, 0
-            if self.plan.keeps_best and self.accelerator.is_main_process:
+            if self.plan.keeps_best:
                 save_best(self.run, self.model)
             self.accelerator.wait_for_everyone()
             return
