@@ -23,7 +23,7 @@ from peftkit.engine.adapted import AdaptedModel, encoder_and_decoder
 from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.modules import head_modules, is_tied, new_modules
-from peftkit.engine.sharding import dealt, gathered, return_parts
+from peftkit.engine.sharding import assign, gathered, return_parts
 from peftkit.engine.targets import Targets, feedforward_modules, linear_sizes, resolve_targets
 from peftkit.errors import LoadError, RecipeError
 from peftkit.methods.base import Method
@@ -261,7 +261,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every trained tensor by its parameter name, whole and on the CPU: what a checkpoint holds."""
     return_parts(model)
-    return {name: gathered(parameter.detach()).cpu().contiguous() for name, parameter in trained_parameters(model).items()}
+    return {name: gathered(parameter).cpu().contiguous() for name, parameter in trained_parameters(model).items()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -285,9 +285,8 @@ def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> No
     if own.keys() != state.keys():
         different = sorted(own.keys() ^ state.keys())[:3]
         raise RecipeError(f"--resume: the checkpoint trains other parameters than the recipe, such as {different}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(dealt(state[name], parameter))
+    for name, parameter in own.items():
+        assign(parameter, state[name])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

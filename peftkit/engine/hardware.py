@@ -73,11 +73,11 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     # The precision of a process's first Accelerator would hold for all later ones (accelerate 1.15).
     AcceleratorState._reset_state()
     unused = plan.method.skips_parameters(plan.recipe.adapter)
-    plugin = _fsdp_plugin()
+    plugin, zero = _fsdp_plugin(), os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     accelerator = Accelerator(
         # A process without rows to evaluate makes no forward pass, and would leave others waiting to share buffers.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
-        mixed_precision=plan.mixed_precision,
+        mixed_precision="no" if zero else plan.mixed_precision,  # DeepSpeed's own would round what is trained
         cpu=plan.hardware.device == "cpu",
         fsdp_plugin=None if plan.hardware.device == "cpu" else plugin,
         log_with=list(trackers) or None,

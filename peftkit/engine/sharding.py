@@ -7,9 +7,10 @@ another way. All processes must come here together: gathering is work for all of
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +20,64 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from peftkit.engine.zero import ZeroState, gathered_parameters, is_divided, settle
+from peftkit.engine.zero import assign as assign_divided
+from peftkit.plan import Plan
 
-def mark_root(model: nn.Module, wrapped: nn.Module) -> None:
-    """Let a model know the module around it by which its processes share its weights out, if they do."""
-    if isinstance(wrapped, FSDPModule):
-        model.sharded_by = (wrapped,)  # type: ignore[assignment]  # in a tuple: it is no part of the model
+if TYPE_CHECKING:
+    from peftkit.engine.step import Step
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step and its optimizer as accelerate has wrapped them.
+
+    Attributes:
+        step: what to call.
+        optimizer: what takes steps.
+        state: the optimizer's state, to be saved and loaded.
+        inner: the optimizer of torch whose learning rate a schedule sets.
+    """
+
+    step: nn.Module
+    optimizer: Any
+    state: Any
+    inner: torch.optim.Optimizer
+
+
+def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.optim.Optimizer) -> Prepared:
+    """Wrap a step for the processes of a run, and let its model know by what its weights are shared out, if they are."""
+    zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    parameters, groups = [part for group in optimizer.param_groups for part in group["params"]], optimizer.state_dict()
+    if zero:
+        settle(accelerator, plan, step)
+    wrapped, prepared = accelerator.prepare(step, optimizer)
+    if zero or isinstance(wrapped, FSDPModule):
+        step.model.sharded_by = (wrapped,)  # type: ignore[assignment]  # in a tuple: it is no part of the model
+    if zero:
+        state = ZeroState(prepared.optimizer, parameters, groups["param_groups"])
+        return Prepared(wrapped, prepared, state, prepared.optimizer.optimizer)
+    return Prepared(wrapped, prepared, WholeState(prepared), prepared.optimizer)
+
+
+def backward(accelerator: Accelerator, wrapped: Any, loss: torch.Tensor, *, last: bool) -> None:
+    """Add a loss's gradients; after the `last` pass of a step they are those of all processes.
+
+    accelerate would let DeepSpeed take its step here, before anything was checked.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        wrapped.set_gradient_accumulation_boundary(is_boundary=last)
+        wrapped.backward(loss)
+    else:
+        accelerator.backward(loss)
+
+
+def clipped_norm(accelerator: Accelerator, wrapped: Any, trained: list[nn.Parameter], limit: float | None) -> float:
+    """The norm of all gradients before they are clipped to a limit. DeepSpeed tells it of the step that it takes here."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        wrapped.step()
+        return float(wrapped.get_global_grad_norm())
+    return float(gathered(accelerator.clip_grad_norm_(trained, limit if limit is not None else math.inf)))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -31,14 +85,28 @@ def is_sharded(model: nn.Module) -> bool:
     return getattr(model, "sharded_by", None) is not None
 
 
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter."""
+    if is_divided(parameter):
+        return parameter.ds_tensor  # type: ignore[attr-defined]
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its parts, which the processes hold; as it is where it is whole."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor or parameter with all its parts, which the processes hold; as it is where it is whole."""
+    if is_divided(tensor):
+        with gathered_parameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def assign(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Give a parameter other values, of which every process has a copy."""
+    if hasattr(parameter, "_hp_mapping") or is_divided(parameter):
+        assign_divided(parameter, tensor)
+    else:
+        with torch.no_grad():
+            parameter.copy_(dealt(tensor, parameter))
 
 
 def dealt(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -73,8 +141,8 @@ def whole(model: nn.Module, names: list[str], *, holds: bool) -> Iterator[None]:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = owner.get_parameter(leaf)
-        if isinstance(parameter, DTensor):
-            tensor = gathered(parameter.detach())
+        if isinstance(parameter, DTensor) or is_divided(parameter):
+            tensor = gathered(parameter)
             if holds:
                 parts.append((owner, leaf, parameter))
                 owner._parameters[leaf] = nn.Parameter(tensor.cpu(), requires_grad=parameter.requires_grad)

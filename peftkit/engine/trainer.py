@@ -32,7 +32,7 @@ from peftkit.engine.journal import Journal, Reporter
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
-from peftkit.engine.sharding import WholeState, gathered, mark_root, own_part, place_whole
+from peftkit.engine.sharding import backward, clipped_norm, own_part, place_whole, prepare
 from peftkit.engine.signals import StopSignal
 from peftkit.engine.step import Step
 from peftkit.errors import NonFiniteError, Stopped
@@ -80,16 +80,17 @@ class Trainer:
         self.total_steps = num_steps(self.plan, self.data.train.num_rows) if trained_parameters(self.model) else 0
         self.per_epoch = steps_per_epoch(self.plan, self.data.train.num_rows)
         optimizer = build_optimizer(self.model, self.plan)
-        self.scheduler = build_scheduler(optimizer, self.plan, self.total_steps)
         place_whole(self.model, self.accelerator)
         self.paths = take_fast_paths(self.plan, self.model, self.runtime, self.data.sample[:3], self.reporter.note)
         self.layout = layout_of(dataclasses.replace(self.plan, rows=self.paths.rows), self.data.encoding.max_length)
         self.packing_way = way_of(self.model) if self.layout.joins else None
-        self.step = Step(self.model, self.runtime, self.paths.head, self.plan.recipe.training.label_smoothing_factor)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.step, optimizer)
-        mark_root(self.model, self.wrapped)
+        smoothing, precision = self.plan.recipe.training.label_smoothing_factor, self.plan.mixed_precision
+        self.step = Step(self.model, self.runtime, self.paths.head, smoothing, precision)
+        prepared = prepare(self.accelerator, self.plan, self.step, optimizer)
+        self.wrapped, self.optimizer = prepared.step, prepared.optimizer
+        self.scheduler = build_scheduler(prepared.inner, self.plan, self.total_steps)
         self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
-        self.parts: dict[str, Any] = {"optimizer": WholeState(self.optimizer), "scheduler": self.scheduler}
+        self.parts: dict[str, Any] = {"optimizer": prepared.state, "scheduler": self.scheduler}
         if hook(self.plan.method, "extra_state"):
             self.parts["adapter"] = ExtraState(self.plan.method, self.model)
         if self.accelerator.scaler is not None:
@@ -209,7 +210,7 @@ class Trainer:
                 loss = self.wrapped(batch) / num_targets
                 trained_on = loss + self._method_terms(batch, num_targets, last=last)
                 # DDP averages gradients over processes, but a sum of shares is wanted.
-                accelerator.backward(trained_on * accelerator.num_processes)
+                backward(accelerator, self.wrapped, trained_on * accelerator.num_processes, last=last)
             losses.append(loss.detach())
         return losses
 
@@ -234,8 +235,7 @@ class Trainer:
     def _update(self, rows: list[Example]) -> float:
         """Clip, check, step; returns the gradient norm before clipping."""
         limit = self.plan.recipe.training.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.trained, limit if limit is not None else math.inf)
-        grad_norm = float(gathered(norm))
+        grad_norm = clipped_norm(self.accelerator, self.wrapped, self.trained, limit)
         if not math.isfinite(grad_norm):
             self.skipped_steps += 1
             if self.accelerator.scaler is None or self.skipped_steps > MAX_SKIPPED_STEPS:
@@ -248,7 +248,7 @@ class Trainer:
             if after_step := hook(self.plan.method, "after_step"):
                 after_step(self.model, self.progress.step)
         self.optimizer.zero_grad()
-        norms = torch._foreach_norm([own_part(parameter.detach()) for parameter in self.trained])
+        norms = torch._foreach_norm([own_part(parameter) for parameter in self.trained])
         if not torch.stack([norm.float() for norm in norms]).isfinite().all():  # one wait for the device, not one a parameter
             self._fail("a weight", math.nan, rows)
         return grad_norm
