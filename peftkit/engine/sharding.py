@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from peftkit.engine.hooks import hook
 from peftkit.engine.zero import ZeroState, gathered_parameters, is_divided, settle
 from peftkit.engine.zero import assign as assign_divided
 from peftkit.plan import Plan
@@ -51,6 +53,12 @@ def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.o
     parameters, groups = [part for group in optimizer.param_groups for part in group["params"]], optimizer.state_dict()
     if zero:
         settle(accelerator, plan, step)
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        kept = kept_whole(plan, step.model, step._no_split_modules)
+        for parameter in kept:
+            parameter.data = parameter.data.to(accelerator.device)
+        step.kept_whole = kept
+        accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(kept)] if kept else None
     wrapped, prepared = accelerator.prepare(step, optimizer)
     if zero or isinstance(wrapped, FSDPModule):
         step.model.sharded_by = (wrapped,)  # type: ignore[assignment]  # in a tuple: it is no part of the model
@@ -58,6 +66,27 @@ def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.o
         state = ZeroState(prepared.optimizer, parameters, groups["param_groups"])
         return Prepared(wrapped, prepared, state, prepared.optimizer.optimizer)
     return Prepared(wrapped, prepared, WholeState(prepared), prepared.optimizer)
+
+
+def kept_whole(plan: Plan, model: nn.Module, layers: Sequence[str]) -> list[nn.Parameter]:
+    """What FSDP2 must leave alone, and every process has whole, as under DDP.
+
+    That is all that is trained (optimizers take no mixture), where layers share some of it, where some has hooks of its own,
+    or where the method computes with it between passes.
+
+    Args:
+        plan: says which method.
+        model: the model with its adapter.
+        layers: class names of the layers that FSDP2 gathers one after the other.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    penalty = hook(plan.method, "penalty")
+    has_terms = penalty is not None and torch.is_tensor(penalty(model))
+    found = Counter(
+        id(parameter) for module in model.modules() if type(module).__name__ in layers for parameter in set(module.parameters())
+    )
+    special = any(found[id(parameter)] > 1 or parameter._backward_hooks for parameter in trained)
+    return trained if has_terms or special or hook(plan.method, "after_step") or hook(plan.method, "batch_penalty") else []
 
 
 def backward(accelerator: Accelerator, wrapped: Any, loss: torch.Tensor, *, last: bool) -> None:
@@ -68,8 +97,12 @@ def backward(accelerator: Accelerator, wrapped: Any, loss: torch.Tensor, *, last
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         wrapped.set_gradient_accumulation_boundary(is_boundary=last)
         wrapped.backward(loss)
-    else:
-        accelerator.backward(loss)
+        return
+    accelerator.backward(loss)
+    for parameter in getattr(wrapped, "kept_whole", ()) if last else ():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= accelerator.num_processes
 
 
 def clipped_norm(accelerator: Accelerator, wrapped: Any, trained: list[nn.Parameter], limit: float | None) -> float:

@@ -34,6 +34,7 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.runtime, self.head, self.label_smoothing, self.precision = runtime, head, label_smoothing, precision
+        self.kept_whole: list[nn.Parameter] = []  # what FSDP2 leaves alone, see `engine.sharding`
         # FSDP2 gathers these layers one after the other (accelerate 1.15 asks the module that it prepares).
         self._no_split_modules = list(getattr(base_of_adapted(model), "_no_split_modules", None) or [])
 
