@@ -19,6 +19,7 @@ import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.sharded import why_not_sharded
 from peftkit.run import newest_unfinished
 
 WORKER_MARK = "PEFTKIT_WORKER"
@@ -80,6 +81,26 @@ def _read_launch_file(path: Path) -> dict[str, Any]:
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise RecipeError(f"--launch: `{path}`: num_processes: {count} is not allowed; it takes a whole number above 0")
     return facts
+
+
+def _refuse_fsdp_1(config: Path, facts: dict[str, Any]) -> None:
+    """FSDP1 flattens what it shares out, and saves none of it by name; its successor is in every torch that we take."""
+    settings = facts.get("fsdp_config") or {}
+    if str(facts.get("distributed_type")).upper() == "FSDP" and str(settings.get("fsdp_version", 1)) != "2":
+        raise RecipeError(
+            f"--launch: `{config}`: fsdp_config.fsdp_version: {settings.get('fsdp_version', 1)} is not supported; use 2, as "
+            "configs/fsdp2.yaml does (`accelerate to-fsdp2` rewrites a file)"
+        )
+
+
+def refuse_unshardable(loaded: LoadedRecipe, sharding: Sharding) -> None:
+    """Refuse a recipe that cannot train where processes share out weights, gradients or optimizer like this.
+
+    Raises:
+        RecipeError: with every key that stands in the way.
+    """
+    if problems := [loaded.problem(key, what) for key, what in why_not_sharded(loaded.recipe, sharding.kind)]:
+        raise RecipeError(problems)
 
 
 def worker_sharding(processes: int) -> Sharding:
@@ -195,7 +216,7 @@ def launch(processes: int | None, config: Path | None, arguments: Sequence[str])
     """
     check_launch(processes, config)
     if config is not None:
-        _read_launch_file(config)
+        _refuse_fsdp_1(config, _read_launch_file(config))
     heard: list[int] = []
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = config or write_launch_file(Path(folder) / "launch.yaml")
