@@ -25,6 +25,7 @@ from peftkit.engine.hooks import hook
 from peftkit.engine.zero import ZeroState, gathered_parameters, is_divided, settle
 from peftkit.engine.zero import assign as assign_divided
 from peftkit.plan import Plan
+from peftkit.recipe.sharded import ELEMENTWISE
 
 if TYPE_CHECKING:
     from peftkit.engine.step import Step
@@ -72,7 +73,7 @@ def kept_whole(plan: Plan, model: nn.Module, layers: Sequence[str]) -> list[nn.P
     """What FSDP2 must leave alone, and every process has whole, as under DDP.
 
     That is all that is trained (optimizers take no mixture), where layers share some of it, where some has hooks of its own,
-    or where the method computes with it between passes.
+    or where the method or the optimizer computes with whole tensors between passes.
 
     Args:
         plan: says which method.
@@ -86,6 +87,7 @@ def kept_whole(plan: Plan, model: nn.Module, layers: Sequence[str]) -> list[nn.P
         id(parameter) for module in model.modules() if type(module).__name__ in layers for parameter in set(module.parameters())
     )
     special = any(found[id(parameter)] > 1 or parameter._backward_hooks for parameter in trained)
+    special = special or plan.recipe.training.optim not in ELEMENTWISE
     return trained if has_terms or special or hook(plan.method, "after_step") or hook(plan.method, "batch_penalty") else []
 
 

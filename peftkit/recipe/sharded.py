@@ -8,7 +8,7 @@ from peftkit.methods import METHODS
 from peftkit.recipe.schema import Recipe
 
 # Their updates look at each number alone, so that parts of a tensor can be stepped apart.
-_ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
@@ -17,9 +17,9 @@ def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
         return
     zero, name = kind.startswith("zero"), "DeepSpeed" if kind.startswith("zero") else "FSDP"
     method, training, quantization = METHODS[recipe.adapter.method], recipe.training, recipe.model.quantization
-    if training.optim not in _ELEMENTWISE and (zero or method.stands_alone):
+    if training.optim not in ELEMENTWISE and (zero or method.stands_alone):
         what = f"`{training.optim}` looks at whole tensors, of which each process has a part under {name}"
-        yield "training.optim", f"{what}; it takes {', '.join(_ELEMENTWISE)} there"
+        yield "training.optim", f"{what}; it takes {', '.join(ELEMENTWISE)} there"
     if zero and "fp16" in (training.mixed_precision, {"float16": "fp16"}.get(recipe.model.dtype)):
         yield "training.mixed_precision", "fp16 has a loss scale, which DeepSpeed keeps to itself; use bf16, or FSDP2"
     if zero and method.reads_gradients(recipe.adapter):
