@@ -153,11 +153,12 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     from peftkit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if (processes is not None or launch is not None) and not launcher.is_worker():
+    starts = (processes is not None or launch is not None) and not launcher.is_worker()
+    launcher.refuse_unshardable(loaded, launcher.read_sharding(processes, launch) if starts else launcher.worker_sharding(1))
+    if starts:
         run_dir = launcher.worker_run_dir(loaded, output, resume)
         arguments = launcher.worker_arguments(loaded, run_dir, resume, as_json)
         raise typer.Exit(launcher.launch(processes, launch, arguments))
-    launcher.refuse_sharded_worker()
     from peftkit.commands import train as command
 
     with loaded.located():

@@ -19,11 +19,11 @@ import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.sharded import why_not_sharded
 from peftkit.run import newest_unfinished
 
 WORKER_MARK = "PEFTKIT_WORKER"
 EXIT_FILE = "PEFTKIT_EXIT_FILE"  # where the first worker that fails writes its exit code
-_SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # how accelerate tells its workers
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,24 @@ def _read_launch_file(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _refuse_sharded(kind: str) -> None:
-    if kind in _SHARDED:
+def _refuse_fsdp_1(config: Path, facts: dict[str, Any]) -> None:
+    """FSDP1 flattens what it shares out, and saves none of it by name; its successor is in every torch that we take."""
+    settings = facts.get("fsdp_config") or {}
+    if str(facts.get("distributed_type")).upper() == "FSDP" and str(settings.get("fsdp_version", 1)) != "2":
         raise RecipeError(
-            f"--launch: distributed_type {kind} shares the weights out, and train cannot save and certify those yet; "
-            "`peftkit plan --launch` can plan for it. Train with a launch file of type MULTI_GPU, or with --processes"
+            f"--launch: `{config}`: fsdp_config.fsdp_version: {settings.get('fsdp_version', 1)} is not supported; use 2, as "
+            "configs/fsdp2.yaml does (`accelerate to-fsdp2` rewrites a file)"
         )
 
 
-def refuse_sharded_worker() -> None:
-    """Refuse to train in a process that accelerate's launcher has started with FSDP or DeepSpeed.
+def refuse_unshardable(loaded: LoadedRecipe, sharding: Sharding) -> None:
+    """Refuse a recipe that cannot train where processes share out weights, gradients or optimizer like this.
 
     Raises:
-        RecipeError: it has.
+        RecipeError: with every key that stands in the way.
     """
-    for kind, variable in _SHARDED.items():
-        if os.environ.get(variable, "").lower() in ("true", "1"):
-            _refuse_sharded(kind)
+    if problems := [loaded.problem(key, what) for key, what in why_not_sharded(loaded.recipe, sharding.kind)]:
+        raise RecipeError(problems)
 
 
 def worker_sharding(processes: int) -> Sharding:
@@ -215,7 +216,7 @@ def launch(processes: int | None, config: Path | None, arguments: Sequence[str])
     """
     check_launch(processes, config)
     if config is not None:
-        _refuse_sharded(str(_read_launch_file(config).get("distributed_type")).upper())
+        _refuse_fsdp_1(config, _read_launch_file(config))
     heard: list[int] = []
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = config or write_launch_file(Path(folder) / "launch.yaml")

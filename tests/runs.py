@@ -65,9 +65,9 @@ def train(recipe: Path, output: Path, *arguments: str) -> dict[str, Any]:
     return summary
 
 
-def peftkit_process(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    """`peftkit ARGUMENTS` as a process of its own."""
-    environment = os.environ | {"PEFTKIT_DEVICE": "cpu"}
+def peftkit_process(*arguments: Any, environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """`peftkit ARGUMENTS` as a process of its own, with further environment variables."""
+    environment = os.environ | {"PEFTKIT_DEVICE": "cpu"} | (environment or {})
     command = [sys.executable, "-m", "peftkit", *map(str, arguments)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
 

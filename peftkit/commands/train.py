@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit import console
 from peftkit.engine.adapter import attach_adapter
@@ -17,12 +17,13 @@ from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.exhausted import explain_training_memory
 from peftkit.engine.facts import facts_of, write_model_card
 from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, training_memory_text
-from peftkit.engine.hardware import WHOLE_MODELS, peak_memory_bytes, process_index, start_accelerator
+from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import settle_micro_batch
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
 from peftkit.engine.savings import save_memory
+from peftkit.engine.sharding import is_sharded, whole
 from peftkit.engine.store import initial_state, save_adapter
 from peftkit.engine.stream import Stream
 from peftkit.engine.survey import Survey, survey
@@ -32,7 +33,10 @@ from peftkit.launch import worker_sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, environment, newest_unfinished, write_json, write_text
-from peftkit.tasks.example import Runtime
+from peftkit.tasks.example import Example, Runtime
+
+if TYPE_CHECKING:
+    import torch
 
 
 def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
@@ -151,8 +155,9 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     summary = _summary(run, trainer, metrics)
     if report := hook(plan.method, "report"):
         summary["adapter"] = report(model)
+    reference = _save(found, trainer, untrained)
     if accelerator.is_main_process:
-        summary["certificate"] = _save_and_certify(found, trainer, untrained, metrics)
+        summary["certificate"] = _certify(found, trainer, reference, metrics)
         summary |= _memory(found, reporter)
         run.write_status("done", step=trainer.progress.step, summary=summary)
     accelerator.wait_for_everyone()
@@ -160,19 +165,35 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     return summary
 
 
-def _save_and_certify(found: Survey, trainer: Trainer, untrained: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Write the adapter folder; returns its certificate."""
-    plan, data, model, folder = found.plan, found.data, trainer.model, trainer.run.adapter_dir
-    facts = facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
-    rows = data.held_out.get("validation", data.sample)[:NUM_ROWS]
+def _save(found: Survey, trainer: Trainer, untrained: Any) -> list[torch.Tensor]:
+    """Write the adapter folder; the logits of what was trained, which is let go. Every process takes part where weights are
+    shared out; else the main one alone."""
+    plan, data, model, accelerator = found.plan, found.data, trainer.model, trainer.accelerator
+    sharded, writes = is_sharded(model), accelerator.is_main_process
+    if not writes and not sharded:
+        return []
     trainer.paths.leave(model)  # the proof is about the plain model
     give_back_heap()
     with uncompiled(model):
-        reference = reference_logits(model, trainer.runtime, rows, plan.mixed_precision)
-    save_adapter(folder, model, found.tokenizer, facts, untrained, data.renderings)
-    if trainer.accelerator.distributed_type in WHOLE_MODELS:
-        release(model, trainer.optimizer.optimizer)
-    certificate = certify(folder, reference, facts, trainer.runtime, rows)
+        forward = trainer.whole_logits if sharded else None
+        reference = reference_logits(model, trainer.runtime, _proof_rows(data), plan.mixed_precision, forward=forward)
+    with whole(model, model.saved_names, holds=writes):  # type: ignore[arg-type]
+        if writes:
+            facts = facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
+            save_adapter(trainer.run.adapter_dir, model, found.tokenizer, facts, untrained, data.renderings)
+    release(model, trainer.optimizer.optimizer)
+    return reference
+
+
+def _proof_rows(data: Data) -> Sequence[Example]:
+    return data.held_out.get("validation", data.sample)[:NUM_ROWS]
+
+
+def _certify(found: Survey, trainer: Trainer, reference: list[torch.Tensor], metrics: dict[str, Any]) -> dict[str, Any]:
+    """Prove the adapter folder; returns its certificate."""
+    plan, data, folder = found.plan, found.data, trainer.run.adapter_dir
+    facts = facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
+    certificate = certify(folder, reference, facts, trainer.runtime, _proof_rows(data))
     write_model_card(folder, facts, metrics, certificate)
     return certificate
 

@@ -23,6 +23,7 @@ from peftkit.engine.adapted import AdaptedModel, encoder_and_decoder
 from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.modules import head_modules, is_tied, new_modules
+from peftkit.engine.sharding import assign, gathered, return_parts
 from peftkit.engine.targets import Targets, feedforward_modules, linear_sizes, resolve_targets
 from peftkit.errors import LoadError, RecipeError
 from peftkit.methods.base import Method
@@ -38,6 +39,7 @@ def attach_adapter(model: PreTrainedModel, missing: set[str], context: Context) 
         context: says which method.
     """
     plan = context.plan
+    own = {id(parameter) for parameter in model.parameters()}
     set_seed(plan.recipe.training.seed)  # before the adapter is built: every process gets the same one
     whole = modules_to_save(model, missing, plan)
     if plan.method.kind == "subset":
@@ -55,7 +57,9 @@ def attach_adapter(model: PreTrainedModel, missing: set[str], context: Context) 
     if plan.recipe.training.optim == "lorafa":
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad = parameter.requires_grad and ".lora_A." not in name
-    adapted.trained_names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    named = dict(adapted.named_parameters())
+    adapted.trained_names = [name for name, parameter in named.items() if parameter.requires_grad]
+    adapted.saved_names = [name for name, parameter in named.items() if parameter.requires_grad or id(parameter) not in own]
     if not adapted.trained_names and not plan.method.trains_nothing(plan.recipe.adapter):
         raise RecipeError(f"adapter.method: `{plan.method.name}` would train nothing in {type(model).__name__}")
     return adapted
@@ -255,8 +259,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every trained tensor by its parameter name, on the CPU: what a checkpoint holds."""
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
+    """Every trained tensor by its parameter name, whole and on the CPU: what a checkpoint holds."""
+    return_parts(model)
+    return {name: gathered(parameter).cpu().contiguous() for name, parameter in trained_parameters(model).items()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -275,13 +280,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put a checkpoint's tensors back; names and shapes must be those of the model."""
+    return_parts(model)
     own = trained_parameters(model)
     if own.keys() != state.keys():
         different = sorted(own.keys() ^ state.keys())[:3]
         raise RecipeError(f"--resume: the checkpoint trains other parameters than the recipe, such as {different}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+    for name, parameter in own.items():
+        assign(parameter, state[name])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from peftkit.engine.facts import TENSORS, AdapterFacts
 from peftkit.engine.hardware import autocast, process_device
 from peftkit.engine.model import load_base_model, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
+from peftkit.engine.sharding import fits
 from peftkit.engine.store import load_into
 from peftkit.errors import CertificateError, LoadError
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
 from peftkit.tasks import TASKS
-from peftkit.tasks.example import Example, Runtime
+from peftkit.tasks.example import Batch, Example, Runtime
 
 NUM_ROWS = 8
 _LOGITS_KEPT = 2**22  # of a row: two models' logits are held beside each other
@@ -29,18 +30,31 @@ _LOGITS_KEPT = 2**22  # of a row: two models' logits are held beside each other
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP2 keeps what it gathers: nothing of inference mode may remain in it
 def reference_logits(
-    model: nn.Module, runtime: Runtime, examples: Sequence[Example], precision: str = "no"
+    model: nn.Module,
+    runtime: Runtime,
+    examples: Sequence[Example],
+    precision: str = "no",
+    *,
+    forward: Callable[[Batch], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Logits of each example alone (no padding), on the CPU in float32; of a long row at positions spread over it."""
+    """Logits of each example alone (no padding), on the CPU in float32; of a long row at positions spread over it.
+
+    Args:
+        model: the model.
+        runtime: the task on tensors.
+        examples: the rows.
+        precision: autocast, in accelerate's words.
+        forward: batch -> logits; None: the runtime's on the model.
+    """
     device = next(model.parameters()).device
     model.eval()
     logits = []
     for example in examples:
         batch = {name: tensor.to(device) for name, tensor in runtime.collate([example]).items()}
         with autocast(device.type, precision):
-            whole = runtime.forward(model, batch)
+            whole = forward(batch) if forward else runtime.forward(model, batch)
         logits.append(whole[:, kept_positions(*whole.shape[1:])].float().cpu() if whole.dim() == 3 else whole.float().cpu())
     return logits
 
@@ -100,7 +114,8 @@ def certify(
         model: Any = load_into(base, folder, facts.method, missing)
     except LoadError as error:
         raise CertificateError(f"certificate failed: what was saved does not load: {error}") from error
-    model.to(process_device())
+    device = process_device()
+    model.to(device if fits(model, device) else "cpu")
     difference = largest_difference(reference, reference_logits(model, runtime, examples, facts.mixed_precision))
     tolerance = tolerance_for(facts) * scale_of(reference)
     result = {"max_abs_diff": difference, "tolerance": tolerance, "num_rows": len(examples), "passed": difference <= tolerance}

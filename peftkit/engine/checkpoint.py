@@ -18,6 +18,8 @@ from torch import nn
 
 from peftkit.engine.adapter import load_trainable_state, read_tensors, trainable_state
 from peftkit.engine.guard import raise_if_exhausted
+from peftkit.engine.hardware import process_index
+from peftkit.engine.sharding import is_sharded
 from peftkit.errors import LoadError
 from peftkit.run import Run, new_folder, write_json
 
@@ -77,12 +79,15 @@ def save_checkpoint(run: Run, model: nn.Module, parts: dict[str, Any], progress:
         progress: how far the run is.
         keep: checkpoints to keep.
     """
-    states = gather_object([rng_state()])
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    states, writes = gather_object([rng_state()]), process_index() == 0
+    if not writes and not is_sharded(model):
+        return
+    tensors, kept = trainable_state(model), {name: part.state_dict() for name, part in parts.items()}
+    if not writes:
         return
     with new_folder(checkpoint_dir(run, progress.step)) as folder:
-        save_file(trainable_state(model), folder / TENSORS)
-        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / OPTIMIZER)
+        save_file(tensors, folder / TENSORS)
+        torch.save(kept, folder / OPTIMIZER)
         torch.save(states, folder / RNG)
         write_json(folder / STATE, dataclasses.asdict(progress))
     for old in list_checkpoints(run)[:-keep]:
@@ -110,9 +115,12 @@ def load_checkpoint(path: Path, model: nn.Module, parts: dict[str, Any], process
 
 
 def save_best(run: Run, model: nn.Module) -> None:
-    """Keep the trained tensors of the best evaluation so far."""
+    """Keep the trained tensors of the best evaluation so far, from rank 0; every rank must call it."""
+    tensors = trainable_state(model) if process_index() == 0 or is_sharded(model) else {}
+    if process_index() != 0:
+        return
     with new_folder(run.checkpoints_dir / "best") as folder:
-        save_file(trainable_state(model), folder / TENSORS)
+        save_file(tensors, folder / TENSORS)
 
 
 def load_best(run: Run, model: nn.Module) -> None:

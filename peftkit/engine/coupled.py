@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftkit.engine.checkpoint import rng_state, set_rng_state
+from peftkit.engine.sharding import backward
 
 if TYPE_CHECKING:
     from peftkit.engine.trainer import Trainer
@@ -42,7 +43,7 @@ def coupled_backward(trainer: Trainer, batches: list[Batch], num_targets: float)
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(trainer.wrapped):
             again = trainer.wrapped(batch, outputs_only=True)
-            accelerator.backward((again * part).sum() * accelerator.num_processes)
+            backward(accelerator, trainer.wrapped, (again * part).sum() * accelerator.num_processes, last=last)
     set_rng_state(after)
     return loss / accelerator.num_processes
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
+from peftkit.engine.sharding import is_sharded
 from peftkit.engine.step import Step
 from peftkit.run import Run, write_json, write_text
 from peftkit.tasks.example import Batch, Example
 
 
-@torch.inference_mode()
 def score_examples(
     step: Step,
     examples: Sequence[Example],
@@ -40,19 +41,23 @@ def score_examples(
     if torch.distributed.is_initialized():
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     mine = sorted(range(rank, len(examples), world), key=lambda index: examples[index].length)
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    if sharded := is_sharded(step.model):  # layers are gathered by all processes together: as many passes in each of them
+        batches += [[]] * (math.ceil(math.ceil(len(examples) / world) / batch_size) - len(batches))
     was_training = step.training
     step.eval()
     results = []
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        chosen = [examples[index] for index in indices]
-        batch = {name: tensor.to(device) for name, tensor in step.runtime.collate(chosen).items()}
-        scores = scores_of(step, (call or step)(batch, outputs_only=True), batch, chosen)
-        results += [
-            {"index": index, "row": example.origin, **score}
-            for index, example, score in zip(indices, chosen, scores, strict=True)
-        ]
-        on_batch(len(indices))
+    # FSDP2 keeps what it gathers: in inference mode, training could not use it afterwards.
+    with torch.no_grad() if sharded else torch.inference_mode():
+        for indices in batches:
+            chosen = [examples[index] for index in indices] or [examples[0]]
+            batch = {name: tensor.to(device) for name, tensor in step.runtime.collate(chosen).items()}
+            scores = scores_of(step, (call or step)(batch, outputs_only=True), batch, chosen)
+            results += [
+                {"index": index, "row": example.origin, **score}
+                for index, example, score in zip(indices, chosen, scores, strict=False)
+            ]
+            on_batch(len(indices))
     step.train(was_training)
     return sorted(gather_object(results) if world > 1 else results, key=lambda result: result["index"])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from peftkit.errors import ResourceError
 
@@ -140,7 +141,7 @@ def release(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """
     for parameter in model.parameters():
         parameter.grad = None
-        if parameter.requires_grad:
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.new_empty(0)
     for module in list(model.modules()):
         vars(module).clear()

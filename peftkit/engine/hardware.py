@@ -9,12 +9,14 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from peftkit.plan import Hardware, Plan
 from peftkit.run import Run
 
+FSDP_ON_CPU = "PEFTKIT_FSDP_ON_CPU"  # "1": FSDP2 on CPUs, for tests
 # Ways to train where each process has a model and an optimizer of its own: alone, and by DDP.
 WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -61,20 +63,35 @@ def process_device() -> torch.device:
 _KEPT: list[Accelerator] = []
 
 
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """How the launch file shares weights out by FSDP2; None where it does not.
+
+    Every tensor keeps its dtype and gradients are summed in float32: autocast does what `mixed_precision` asks for.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+
+
 def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     """Devices, processes, autocast and trackers of a run."""
     trackers = plan.recipe.output.report_to
     # The precision of a process's first Accelerator would hold for all later ones (accelerate 1.15).
     AcceleratorState._reset_state()
     unused = plan.method.skips_parameters(plan.recipe.adapter)
+    plugin, zero = _fsdp_plugin(), os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     accelerator = Accelerator(
         # A process without rows to evaluate makes no forward pass, and would leave others waiting to share buffers.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
-        mixed_precision=plan.mixed_precision,
+        mixed_precision="no" if zero else plan.mixed_precision,  # DeepSpeed's own would round what is trained
         cpu=plan.hardware.device == "cpu",
+        fsdp_plugin=None if plan.hardware.device == "cpu" else plugin,
         log_with=list(trackers) or None,
         project_dir=str(run.dir),
     )
+    if plugin is not None and os.environ.get(FSDP_ON_CPU) == "1":
+        # accelerate (1.15) takes FSDP on a CPU for DDP, though FSDP2 works there: so that it can be tested without GPUs
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     if accelerator.num_processes > 1:
         _KEPT.append(accelerator)
     if trackers:

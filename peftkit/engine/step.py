@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peftkit.engine.adapter import base_of_adapted
+from peftkit.engine.hardware import autocast
 from peftkit.engine.token_loss import Head, chunked_loss
 from peftkit.tasks.example import IGNORE_INDEX, Batch, Runtime
 from peftkit.tasks.language_torch import split_labels
@@ -18,18 +20,33 @@ class Step(nn.Module):
         runtime: the task on tensors.
         head: the output layer, where the loss is taken from hidden states; None: from what the model returns.
         label_smoothing: of the loss.
+        precision: autocast, in accelerate's words: FSDP2 and DeepSpeed leave it to the step.
     """
 
-    def __init__(self, model: nn.Module, runtime: Runtime, head: Head | None = None, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        head: Head | None = None,
+        label_smoothing: float = 0.0,
+        precision: str = "no",
+    ) -> None:
         super().__init__()
         self.model = model
-        self.runtime, self.head, self.label_smoothing = runtime, head, label_smoothing
+        self.runtime, self.head, self.label_smoothing, self.precision = runtime, head, label_smoothing, precision
+        self.kept_whole: list[nn.Parameter] = []  # what FSDP2 leaves alone, see `engine.sharding`
+        # FSDP2 gathers these layers one after the other (accelerate 1.15 asks the module that it prepares).
+        self._no_split_modules = list(getattr(base_of_adapted(model), "_no_split_modules", None) or [])
 
     def forward(self, batch: Batch, *, outputs_only: bool = False) -> torch.Tensor:
         """The task's loss summed over the batch's targets, shape (); or what its `loss_sum` and `score` take.
 
         With a head, outputs are hidden states (B, T, D).
         """
+        with autocast(batch["labels"].device.type, self.precision):
+            return self._forward(batch, outputs_only)
+
+    def _forward(self, batch: Batch, outputs_only: bool) -> torch.Tensor:
         if self.head is None:
             outputs = self.runtime.forward(self.model, batch)
         else:

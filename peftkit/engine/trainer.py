@@ -35,6 +35,7 @@ from peftkit.engine.journal import Journal, Reporter
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
+from peftkit.engine.sharding import backward, clipped_norm, own_part, place_whole, prepare
 from peftkit.engine.signals import StopSignal
 from peftkit.engine.spikes import note_spike
 from peftkit.engine.step import Step
@@ -82,16 +83,18 @@ class Trainer:
     def __post_init__(self) -> None:
         self.total_steps = num_steps(self.plan, self.data.train.num_rows) if trained_parameters(self.model) else 0
         self.per_epoch = steps_per_epoch(self.plan, self.data.train.num_rows)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(self.model, self.plan)
-        self.scheduler = build_scheduler(optimizer, self.plan, self.total_steps)
-        self.model.to(self.accelerator.device)
+        place_whole(self.model, self.accelerator)
         self.paths = take_fast_paths(self.plan, self.model, self.runtime, self.data.sample[:3], self.reporter.note)
         self.layout = layout_of(dataclasses.replace(self.plan, rows=self.paths.rows), self.data.encoding.max_length)
         self.packing_way = way_of(self.model) if self.layout.joins else None
-        self.step = Step(self.model, self.runtime, self.paths.head, self.plan.recipe.training.label_smoothing_factor)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.step, optimizer)
-        self.parts: dict[str, Any] = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        smoothing, precision = self.plan.recipe.training.label_smoothing_factor, self.plan.mixed_precision
+        self.step = Step(self.model, self.runtime, self.paths.head, smoothing, precision)
+        prepared = prepare(self.accelerator, self.plan, self.step, optimizer)
+        self.wrapped, self.optimizer = prepared.step, prepared.optimizer
+        self.scheduler = build_scheduler(prepared.inner, self.plan, self.total_steps)
+        self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        self.parts: dict[str, Any] = {"optimizer": prepared.state, "scheduler": self.scheduler}
         if hook(self.plan.method, "extra_state"):
             self.parts["adapter"] = ExtraState(self.plan.method, self.model)
         if self.accelerator.scaler is not None:
@@ -218,7 +221,7 @@ class Trainer:
                 loss = self.wrapped(batch) / num_targets
                 trained_on = loss + self._method_terms(batch, num_targets, last=last)
                 # DDP averages gradients over processes, but a sum of shares is wanted.
-                accelerator.backward(trained_on * accelerator.num_processes)
+                backward(accelerator, self.wrapped, trained_on * accelerator.num_processes, last=last)
             losses.append(loss.detach())
         return losses
 
@@ -257,7 +260,7 @@ class Trainer:
     def _update(self, rows: list[Example]) -> float:
         """Clip, check, step; returns the gradient norm before clipping."""
         limit = self.plan.recipe.training.max_grad_norm
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, limit if limit is not None else math.inf))
+        grad_norm = clipped_norm(self.accelerator, self.wrapped, self.trained, limit)
         if not math.isfinite(grad_norm):
             self.skipped_steps += 1
             self.progress.skipped_steps += 1
@@ -271,7 +274,7 @@ class Trainer:
             if after_step := hook(self.plan.method, "after_step"):
                 after_step(self.model, self.progress.step)
         self.optimizer.zero_grad()
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.trained])
+        norms = torch._foreach_norm([own_part(parameter) for parameter in self.trained])
         if not torch.stack([norm.float() for norm in norms]).isfinite().all():  # one wait for the device, not one a parameter
             self._fail("a weight", math.nan, rows)
         return grad_norm
@@ -324,6 +327,14 @@ class Trainer:
         self.reporter.evaluation(line)
         return metrics
 
+    def whole_logits(self, batch: Batch) -> torch.Tensor:
+        """What the task's scores are taken from, by way of whole logits, where a model has to be called as it is wrapped."""
+        head, self.step.head = self.step.head, None
+        try:
+            return self.wrapped(batch, outputs_only=True)
+        finally:
+            self.step.head = head
+
     @property
     def weights_step(self) -> int:
         """The step whose weights are in the model."""
@@ -346,7 +357,7 @@ class Trainer:
         threshold = training.early_stopping_threshold
         if progress.best_value is None or sign * (value - progress.best_value) > threshold:
             progress.best_value, progress.best_step, progress.evaluations_without_best = value, progress.step, 0
-            if self.plan.keeps_best and self.accelerator.is_main_process:
+            if self.plan.keeps_best:
                 save_best(self.run, self.model)
             self.accelerator.wait_for_everyone()
             return

@@ -112,4 +112,5 @@ ADALORA = Method(
     not_mergeable_with=_not_mergeable_with,
     runtime_module="peftkit.methods.adalora_torch",
     may_be_empty=True,
+    reads_gradients=lambda section: True,
 )

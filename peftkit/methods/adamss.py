@@ -111,4 +111,5 @@ ADAMSS = Method(
     runtime_module="peftkit.methods.adamss_torch",
     trained_shapes=_shapes,
     skips_parameters=lambda section: section.use_asa,
+    reads_gradients=lambda section: section.use_asa,
 )

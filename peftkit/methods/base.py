@@ -75,6 +75,7 @@ class Method:
         virtual_tokens: positions that this section takes from the model's.
         no_decay: parts of names of trained matrices that weight decay would pull away from where they start, which is not zero.
         skips_parameters: whether a step of this section can leave trained parameters without a gradient.
+        reads_gradients: whether this section looks at gradients after each step (to allot ranks).
         rows_interact: whether the rows of a batch change each other's outputs, so that each must be answered alone.
         not_recomputable: why its layers cannot be recomputed in the backward pass; empty where they can; `why_not_recomputed`
             adds what follows from other facts.
@@ -137,6 +138,7 @@ class Method:
     virtual_tokens: Callable[[Any], int] = lambda section: 0
     no_decay: tuple[str, ...] = ()
     skips_parameters: Callable[[Any], bool] = lambda section: False
+    reads_gradients: Callable[[Any], bool] = lambda section: False
     rows_interact: bool = False
     not_recomputable: str = ""
     not_cached: str = ""

@@ -18,7 +18,6 @@ from peftkit.launch import (
     launch,
     launch_command,
     read_sharding,
-    refuse_sharded_worker,
     report_exit,
     worker_arguments,
     worker_run_dir,
@@ -104,17 +103,6 @@ def test_a_launch_file_that_is_none_is_refused(tmp_path: Path, content: bytes, w
     (tmp_path / "launch.yaml").write_bytes(content)
     with pytest.raises(RecipeError, match=words):
         read(tmp_path / "launch.yaml")
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_weights_that_are_shared_out_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    (tmp_path / "launch.yaml").write_text(f"distributed_type: {kind}\nnum_processes: 2\n")
-    with pytest.raises(RecipeError, match=f"distributed_type {kind} shares the weights out.*`peftkit plan --launch` can plan"):
-        launch(None, tmp_path / "launch.yaml", [])
-    refuse_sharded_worker()
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(RecipeError, match=kind):
-        refuse_sharded_worker()
 
 
 def test_the_worker_that_fails_first_tells_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

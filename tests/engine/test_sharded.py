@@ -1,0 +1,123 @@
+"""Weights, gradients and optimizer that processes share out: the same losses, adapters and checkpoints as one process has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.contracts.matrix import SETTINGS
+from tests.runs import curve, peftkit_process, tiny_recipe, train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEEPSPEED = Path(sys.prefix) / "deepspeed"  # where `make test` puts it: imported by those runs alone
+LORA = {"method": "lora", "r": 4, "lora_alpha": 8}
+TRAINING = {"micro_batch_size": 2, "save_steps": 3}
+NF4 = {"bits": 4, "quant_storage": "float32"}
+
+
+def launched(recipe: Path, run: Path, config: str, *arguments: Any) -> tuple[int, str, str]:
+    """Train as a shipped launch file says, on the CPU; exit code, stdout, stderr."""
+    if config.startswith("deepspeed") and not DEEPSPEED.is_dir():
+        pytest.skip("DeepSpeed is not installed")
+    paths = os.pathsep.join([str(CONFIGS.parent), str(DEEPSPEED)] if config.startswith("deepspeed") else [str(CONFIGS.parent)])
+    settings = {"PEFTKIT_FSDP_ON_CPU": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    launch = ("--launch", CONFIGS / f"{config}.yaml")
+    process = peftkit_process("train", recipe, "--output", run, *launch, "--json", *arguments, environment=settings)
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = (run / "adapter").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Losses and norms to six digits; the same tensors, none empty, none that the lone process did not save."""
+    for line, other in zip(curve(run, "loss", "grad_norm"), curve(expected, "loss", "grad_norm"), strict=True):
+        assert line == pytest.approx(other, rel=2e-6, abs=2e-6)
+    adapter, one = adapter_of(run), adapter_of(expected)
+    assert adapter.keys() == one.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(adapter[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "adapter", "sections"),
+    [
+        ("single", "CAUSAL_LM", LORA, {}),
+        ("ddp", "CAUSAL_LM", LORA, {}),
+        ("fsdp2", "CAUSAL_LM", LORA, {"data": {"validation": 0.25, "packing": True}}),
+        ("fsdp2", "SEQ_CLS", LORA, {}),
+        ("fsdp2", "FEATURE_EXTRACTION", LORA, {}),
+        ("fsdp2", "CAUSAL_LM", {"method": "adalora"}, {}),  # its adapter stays whole
+        ("fsdp2", "CAUSAL_LM", {"method": "prefix_tuning", **SETTINGS["prefix_tuning"]}, {}),
+        ("fsdp2", "CAUSAL_LM", LORA, {"training": TRAINING | {"optim": "adafactor"}}),
+        ("fsdp2_qlora", "CAUSAL_LM", LORA, {"model": {"quantization": NF4}}),
+        ("deepspeed_zero2", "CAUSAL_LM", LORA, {}),
+        ("deepspeed_zero3", "CAUSAL_LM", LORA, {}),
+        ("deepspeed_zero3", "SEQ_CLS", LORA, {}),
+    ],
+)
+def test_launch_files_train_like_one_process(
+    models_dir: Path, tmp_path: Path, config: str, task: str, adapter: Any, sections: Any
+) -> None:
+    settings = {"training": TRAINING, "data": {"validation": 0.25}} | sections
+    recipe = tiny_recipe(task, models_dir, tmp_path, adapter=adapter, **settings)
+    train(recipe, tmp_path / "one")
+    code, out, err = launched(recipe, tmp_path / "run", config)
+    assert code == 0, err
+    assert json.loads(out)["certificate"]["passed"]
+    assert_same_run(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("fsdp2", "fsdp2"), ("fsdp2", "single"), ("ddp", "fsdp2"), ("deepspeed_zero3", "deepspeed_zero2")]
+)
+def test_a_run_goes_on_another_way_than_it_began(models_dir: Path, tmp_path: Path, first: str, second: str) -> None:
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, training=TRAINING, data={"validation": 0.25})
+    train(recipe, tmp_path / "one")
+    run = tmp_path / "run"
+    code, _, err = launched(recipe, run, first)
+    assert code == 0, err
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints/step-000006")
+    (run / "status.json").write_text(json.dumps({"state": "stopped", "step": 3}))
+    code, _, err = launched(recipe, run, second, "--resume")
+    assert code == 0, err
+    assert_same_run(run, tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        ("fsdp2", ["adapter={method: full}", "training.optim=adafactor"], "training.optim: `adafactor` looks at whole tensors"),
+        ("fsdp2", ["model.quantization={bits: 8}"], "model.quantization: FSDP cannot share these layers out"),
+        ("deepspeed_zero3", ["model.quantization={bits: 4}"], "model.quantization: DeepSpeed cannot share these layers out"),
+        ("deepspeed_zero2", ["adapter={method: adalora}"], "adapter.method: `adalora` looks at gradients after each step"),
+        ("deepspeed_zero2", ["training.mixed_precision=fp16"], "training.mixed_precision: fp16 has a loss scale"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_before_any_process_starts(
+    cli: Any, models_dir: Path, tmp_path: Path, config: str, changes: list[str], words: str
+) -> None:
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path)
+    result = cli("train", recipe, "--launch", CONFIGS / f"{config}.yaml", *(f"--set={change}" for change in changes))
+    assert (result.code, words in result.err.replace("\n", " ")) == (2, True), result.err
+
+
+def test_fsdp_of_the_first_kind_is_refused(cli: Any, models_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(
+        "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n"
+    )
+    result = cli("train", tiny_recipe("CAUSAL_LM", models_dir, tmp_path), "--launch", tmp_path / "old.yaml")
+    assert result.code == 2
+    assert "fsdp_version: 1 is not supported; use 2" in result.err
