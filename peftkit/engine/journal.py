@@ -69,8 +69,9 @@ class Journal:
             "target_tokens": progress.target_tokens,
             "seconds": round(progress.seconds, 3),
             "memory_bytes": peak_memory_bytes(self.plan.hardware.device),
+            "rows": progress.rows,
         }
-        progress.loss_sum, progress.loss_targets = 0.0, 0
+        progress.loss_sum, progress.loss_targets, progress.rows = 0.0, 0, ""
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
         if time.monotonic() >= self._next_status:
