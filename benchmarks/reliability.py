@@ -23,7 +23,29 @@ from typing import Any
 
 import yaml
 
-WORDS = "the cat sat on a mat and saw two red birds in an old tree while seven small dogs ran home".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "two",
+    "red",
+    "birds",
+    "in",
+    "an",
+    "old",
+    "tree",
+    "while",
+    "seven",
+    "small",
+    "dogs",
+    "ran",
+    "home",
+]
 CLOCK = ("seconds", "memory_bytes")  # what no two runs have alike
 ADAPTER = "adapter/adapter_model.safetensors"
 
