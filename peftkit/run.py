@@ -20,6 +20,7 @@ from typing import Any
 from peftkit.errors import LoadError, RecipeError, ResourceError
 from peftkit.plan import Plan
 from peftkit.recipe import LoadedRecipe, Recipe
+from peftkit.recipe.yaml_file import read_yaml
 from peftkit.resolved import resolved_yaml
 
 _LEFTOVER = re.compile(r"\..+\.(old|[0-9a-f]{8})")  # see `write_text` and `new_folder`
@@ -184,10 +185,11 @@ class Run:
 
         `training.micro_batch_size: auto` is decided anew for every machine and number of processes: the result is the same.
         """
-        key, decided = "training.micro_batch_size", self.read_environment().get("decided", {})
-        if key in decided and any(choice.key == key for choice in plan.choices):
-            plan = dataclasses.replace(plan, micro_batch_size=decided[key])
-        old, new = self.resolved_path.read_text(encoding="utf-8"), resolved_yaml(plan)
+        old, key = self.resolved_path.read_text(encoding="utf-8"), "training.micro_batch_size"
+        if key in self.read_environment().get("decided", {}) and any(choice.key == key for choice in plan.choices):
+            training = read_yaml(self.resolved_path)[0]["training"]
+            plan = dataclasses.replace(plan, micro_batch_size=training["micro_batch_size"])
+        new = resolved_yaml(plan)
         return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "the run", "this recipe", lineterm="", n=0))
 
     @property
