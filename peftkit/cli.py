@@ -145,24 +145,52 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     ] = False,
     processes: Annotated[int | None, typer.Option(help="Train with so many processes on this machine.")] = None,
     launch: Annotated[Path | None, typer.Option(help="Train as this accelerate launch file says.")] = None,
+    locked: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Refuse other packages, models or rows than this run (or its environment.json) has."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: go on although recipe, rows, model or host have changed.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train, evaluate and certify."""
     from peftkit import launch as launcher
+    from peftkit.errors import RecipeError
     from peftkit.recipe import load_recipe
+    from peftkit.stop import stops_at_once
 
     loaded = load_recipe(recipe, overrides or [])
+    if force and not resume:
+        raise RecipeError("--force: has no effect without --resume; a new run needs a new folder")
     starts = (processes is not None or launch is not None) and not launcher.is_worker()
     launcher.refuse_unshardable(loaded, launcher.read_sharding(processes, launch) if starts else launcher.worker_sharding(1))
     if starts:
         run_dir = launcher.worker_run_dir(loaded, output, resume)
         arguments = launcher.worker_arguments(loaded, run_dir, resume, as_json)
+        arguments += ["--force"] * force + (["--locked", str(locked)] if locked else [])
         raise typer.Exit(launcher.launch(processes, launch, arguments))
-    from peftkit.commands import train as command
+    with stops_at_once("before training began: the same command starts again"), loaded.located():
+        from peftkit.commands import train as command
 
-    with loaded.located():
-        command.train_and_report(loaded, output, resume, as_json)
+        command.train_and_report(loaded, output, as_json=as_json, resume=resume, force=force, locked=locked)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train once more.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Train the first steps of a run once more and tell where they differ: rows, weights, losses. Exit 6 where they do."""
+    from peftkit import console
+    from peftkit.commands import replay as command
+
+    with console.problems_as_json(as_json):
+        result = command.replay(run, steps)
+    console.print_json(result) if as_json else command.print_replay(result)
+    raise typer.Exit(0 if result["equal"] else 6)
 
 
 @app.command()

@@ -7,7 +7,7 @@ PeftkitError               1   a bug of ours
 ├── NonFiniteError         5   NaN or infinity in loss, gradient or weights
 ├── CertificateError       6   what was saved is not what was trained
 ├── LoadError              7   a model or adapter that cannot be loaded
-└── Stopped           75 / 130   stopped by SIGTERM / SIGINT, after a full checkpoint
+└── Stopped           75 / 130   stopped by SIGTERM, SIGUSR1 or its time / by SIGINT, after a full checkpoint where there is one
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class LoadError(PeftkitError):
 
 
 class Stopped(PeftkitError):  # noqa: N818 - to be stopped is no error
-    """The run was stopped by a signal after a full checkpoint."""
+    """The run was stopped by a signal or its time limit."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -21,7 +21,6 @@ Precision = Literal["no", "bf16", "fp16"]
 RowLayout = Literal["padded", "packed", "end_to_end"]
 MICRO_BATCH = "training.micro_batch_size"
 MAX_AUTO_MICRO_BATCH = 8
-_LEFT_OPEN = ("model.dtype", "training.mixed_precision", MICRO_BATCH, "training.learning_rate")
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,6 @@ class Plan:
     def method(self) -> Method:
         """The method's facts."""
         return METHODS[self.recipe.adapter.method]
-
-    @property
-    def decided(self) -> list[str]:
-        """Keys that the recipe leaves to this machine; another machine may decide otherwise."""
-        return [key for key in _LEFT_OPEN if self.decides(key)]
 
     def decides(self, key: str) -> bool:
         """Whether the recipe leaves a key of `section.name` open."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
+import hashlib
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,24 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peftkit.errors import LoadError, RecipeError, ResourceError
 from peftkit.plan import Plan
 from peftkit.recipe import LoadedRecipe, Recipe
-from peftkit.recipe.paths import absolute_path
-from peftkit.recipe.yaml_file import parse_scalar
-from peftkit.tasks import keys_of_others
+from peftkit.recipe.yaml_file import read_yaml
+from peftkit.resolved import resolved_yaml
 
-PACKAGES = ("peftkit", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
-# `--set some.api_key=abc` and `--set=some.api_key=abc`; a tokenizer is no secret.
-_SECRET = re.compile(r"((?:token(?!izer)|key|secret|password)[\w.\-]*\s*=).*", re.IGNORECASE | re.DOTALL)
+_LEFTOVER = re.compile(r"\..+\.(old|[0-9a-f]{8})")  # see `write_text` and `new_folder`
 
 
 def _files_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk: without this a power cut can undo a rename (Windows has no such call)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,6 +53,7 @@ def write_text(path: Path, text: str) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,14 +91,36 @@ def new_folder(path: Path) -> Iterator[Path]:
                 file.chmod(_files_mode())  # safetensors writes 0600
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        old = path.with_name(f".{path.name}.old")
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # left by a kill between the next two lines
-            path.replace(old)
+            elif file.is_dir():
+                sync_folder(file)
+        sync_folder(temporary)
+        old = _set_aside(path)
         temporary.replace(path)
+        sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a reader sees all of it or nothing."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Move a folder, if there is one, to a hidden name."""
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed before it could remove it
+        path.replace(old)
+    return old
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed has left half written, or half removed."""
+    for path in folder.glob(".*"):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @dataclass(frozen=True)
@@ -135,11 +163,11 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, plan: Plan, output: Path | None) -> Run:
+    def resume(cls, plan: Plan, output: Path | None, *, force: bool = False) -> Run:
         """The run to continue: the one named, or the newest of this recipe that has not ended.
 
         Raises:
-            RecipeError: there is none, it has ended, or its recipe is another one.
+            RecipeError: there is none, it has ended, or its recipe is another one and that is not forced.
         """
         run = cls(output) if output is not None else newest_unfinished(plan.recipe)
         if run is None or not run.resolved_path.is_file():
@@ -147,11 +175,22 @@ class Run:
             raise RecipeError(f"--resume: {where} is no run to continue; leave --resume out to start one")
         if run.read_status().get("state") == "done":
             raise RecipeError(f"--resume: the run {run.dir} has ended; nothing is left to do")
-        old, new = run.resolved_path.read_text(encoding="utf-8"), resolved_yaml(plan)
-        if old != new:
-            changed = difflib.unified_diff(old.splitlines(), new.splitlines(), "the run", "this recipe", lineterm="", n=0)
-            raise RecipeError(f"--resume: the recipe of {run.dir} was another one:\n" + "\n".join(changed))
+        if not force and (changed := run.changes_of_recipe(plan)):
+            remedy = "Give it the recipe that it began with, or add `--force` to go on with this one"
+            raise RecipeError(f"--resume: the recipe of {run.dir} was another one:\n{changed}\n{remedy}")
         return run
+
+    def changes_of_recipe(self, plan: Plan) -> str:
+        """How a plan's recipe differs from the run's, as a diff; empty where it does not.
+
+        `training.micro_batch_size: auto` is decided anew for every machine and number of processes: the result is the same.
+        """
+        old, key = self.resolved_path.read_text(encoding="utf-8"), "training.micro_batch_size"
+        if key in self.read_environment().get("decided", {}) and any(choice.key == key for choice in plan.choices):
+            training = read_yaml(self.resolved_path)[0]["training"]
+            plan = dataclasses.replace(plan, micro_batch_size=training["micro_batch_size"])
+        new = resolved_yaml(plan)
+        return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "the run", "this recipe", lineterm="", n=0))
 
     @property
     def recipe_path(self) -> Path:
@@ -184,6 +223,11 @@ class Run:
         return self.dir / "data_report.jsonl"
 
     @property
+    def lock_path(self) -> Path:
+        """Who writes to the run now."""
+        return self.dir / "run.lock"
+
+    @property
     def log_path(self) -> Path:
         """What was printed, and tracebacks of bugs."""
         return self.dir / "train.log"
@@ -206,10 +250,28 @@ class Run:
     @property
     def template_date(self) -> str | None:
         """The day (ISO) that the run's chat template writes, if it writes one."""
-        if not self.environment_path.is_file():
-            return None
-        date: str | None = json.loads(self.environment_path.read_text(encoding="utf-8")).get("template_date")
+        date: str | None = self.read_environment().get("template_date")
         return date
+
+    def read_environment(self) -> dict[str, Any]:
+        """What environment.json says; empty where there is none."""
+        if not self.environment_path.is_file():
+            return {}
+        facts: dict[str, Any] = json.loads(self.environment_path.read_text(encoding="utf-8"))
+        return facts
+
+    def record_once(self, name: str, fact: Any) -> None:
+        """Add a fact to environment.json, where a run that goes on has not got it yet."""
+        known = self.read_environment()
+        if name not in known:
+            write_json(self.environment_path, known | {name: fact})
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of recipe, rows and model: checkpoints of one run have the same."""
+        recipe = hashlib.sha256(self.resolved_path.read_bytes()).hexdigest()
+        fingerprints: dict[str, str] = self.read_environment().get("fingerprints", {})
+        return {"recipe": recipe} | fingerprints
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Replace status.json; times are seconds since the epoch."""
@@ -227,6 +289,14 @@ class Run:
         with self.metrics_path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
 
+    def sync_metrics(self) -> int:
+        """Have the lines so far on disk, as a power cut must leave no checkpoint newer than they are; their size in bytes."""
+        if not self.metrics_path.is_file():
+            return 0
+        with self.metrics_path.open("rb") as handle:
+            os.fsync(handle.fileno())
+            return os.fstat(handle.fileno()).st_size
+
     def append_data_report(self, where: str, why: str) -> None:
         """Add a training row that was left out while it was streamed."""
         line = {"split": "train", "kind": "bad_row", "row": where, "reason": why}
@@ -237,6 +307,10 @@ class Run:
         """Metrics of the evaluations after `step`, by split."""
         lines = self._read_metrics()
         return {line["split"]: line["metrics"] for line in lines if "split" in line and line["step"] == step}
+
+    def read_training_lines(self) -> list[dict[str, Any]]:
+        """Lines of steps, in their order."""
+        return [line for line in self._read_metrics() if "loss" in line]
 
     def read_last_loss(self) -> float | None:
         """The loss of the last training line; None where there is none."""
@@ -252,19 +326,11 @@ class Run:
         with self.log_path.open("a", encoding="utf-8") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, which a resumed run writes again."""
+    def truncate_metrics(self, num_bytes: int) -> None:
+        """Drop what came after a checkpoint, which a resumed run writes again; `num_bytes`: see `sync_metrics`."""
         if self.metrics_path.is_file():
-            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            write_text(self.metrics_path, "".join(f"{line}\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a kill
+            with self.metrics_path.open("r+b") as handle:
+                handle.truncate(min(num_bytes, self.metrics_path.stat().st_size))
 
 
 def _first_free(base: Path) -> Path:
@@ -280,103 +346,3 @@ def newest_unfinished(recipe: Recipe) -> Run | None:
     runs = [Run(path) for path in folders if path.is_dir() and of_recipe.fullmatch(path.name)]
     open_runs = [run for run in runs if run.read_status().get("state") not in ("done", None)]
     return max(open_runs, key=lambda run: run.status_path.stat().st_mtime, default=None)
-
-
-def resolved_yaml(plan: Plan) -> str:
-    """The recipe with every value that has an effect, paths absolute, `auto` decided: a valid recipe again."""
-    data = plan.recipe.model_dump(mode="json")
-    data["model"]["dtype"] = plan.dtype
-    data["model"]["quantization"] = _resolved_quantization(plan)
-    data["training"] |= {
-        "mixed_precision": plan.mixed_precision,
-        "micro_batch_size": plan.micro_batch_size,
-        "learning_rate": plan.learning_rate,
-    }
-    if data["training"]["max_steps"] is not None:
-        del data["training"]["num_train_epochs"]
-    if not plan.task.generates:
-        del data["generation"]
-    if plan.recipe.data is not None:
-        if not plan.task.train_on:
-            del data["data"]["train_on"]
-        if "max_length" not in plan.recipe.data.model_fields_set:
-            del data["data"]["max_length"]  # the default bows to what the model can take
-        if data["data"]["validation"] is None and data["data"]["test"] is None:
-            del data["evaluation"]
-    for key in keys_of_others(plan.task):
-        section, _, name = key.rpartition(".")
-        (data.get(section) or {} if section else data).pop(name, None)
-    _make_absolute(data, plan.recipe_dir)
-    return yaml.dump(data, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
-
-
-def _resolved_quantization(plan: Plan) -> dict[str, Any] | None:
-    section, found = plan.recipe.model.quantization, plan.quantization
-    if section is None or found is None:
-        return None
-    # Defaults of the schema need not be what a checkpoint has that is quantised already.
-    stated = section.model_dump(mode="json", include=section.model_fields_set if found.is_stored else None)
-    return stated | ({"compute_dtype": found.compute_dtype} if found.computes_in or not found.is_stored else {})
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """SafeDumper that quotes what our reader takes for a number, such as `1e4`, which YAML 1.1 takes for text."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = None if isinstance(parse_scalar(text), str) else "'"
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_RecipeDumper.add_representer(str, _represent_text)
-
-
-def _make_absolute(data: dict[str, Any], recipe_dir: Path) -> None:
-    rows = data["data"] or {}
-    splits = {name: rows[name] for name in ("train", "validation", "test") if isinstance(rows.get(name), list)}
-    # A single source is written as the section that it is.
-    rows |= {name: sources[0] for name, sources in splits.items() if len(sources) == 1}
-    sources = [source for sources in splits.values() for source in sources]
-    names = [(data["model"], key) for key in ("name_or_path", "tokenizer_name_or_path", "chat_template")]
-    for section, key in [*names, *((source, "path") for source in sources)]:
-        if section[key] is not None and (path := absolute_path(section[key], recipe_dir)) is not None:
-            section[key] = str(path)
-
-
-def environment(plan: Plan, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """Versions, machine, command line (secrets removed) and fingerprints of data and model."""
-    return {
-        "packages": {name: _version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": plan.hardware.device_name,
-        "num_processes": plan.hardware.num_processes,
-        "decided": plan.decided,
-        "git_commit": _git_commit(plan.recipe_dir),
-        "argv": [_without_secret(argument) for argument in sys.argv],
-        "fingerprints": fingerprints,
-    }
-
-
-def _git_commit(folder: Path) -> str | None:
-    """The commit that the recipe's folder is at; None outside a repository or without git."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
-
-
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _without_secret(argument: str) -> str:
-    return _SECRET.sub(r"\1***", argument)

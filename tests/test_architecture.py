@@ -26,7 +26,10 @@ ORDER = (
     "exports",
     "recipe",
     "plan",
+    "resolved",
     "run",
+    "environment",
+    "stop",
     "launch",
     "engine",
     "commands",
@@ -161,7 +164,7 @@ import peftkit.cli
 from peftkit.recipe import load_recipe
 from peftkit.recipe.explain import json_schema
 from peftkit.plan import Hardware, make_plan
-from peftkit.run import resolved_yaml
+from peftkit.resolved import resolved_yaml
 resolved_yaml(make_plan(load_recipe(Path({str(recipe_path)!r})), Hardware("cpu", "the CPU", True, 2**30)))
 json_schema()
 print(*sorted({{name.partition(".")[0] for name in sys.modules}} & set({HEAVY!r})))

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import console
-from peftkit.engine.adapter import attach_adapter
+from peftkit.engine.adapter import attach_adapter, trainable_state
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
 from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
+from peftkit.engine.digest import weights_digest
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.exhausted import explain_training_memory
 from peftkit.engine.facts import facts_of, write_model_card
 from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, training_memory_text
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
+from peftkit.engine.journal import Reporter
+from peftkit.engine.lock import lock
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import settle_micro_batch
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
@@ -28,38 +33,79 @@ from peftkit.engine.store import initial_state, save_adapter
 from peftkit.engine.stream import Stream
 from peftkit.engine.survey import Survey, survey
 from peftkit.engine.trainer import Trainer
-from peftkit.errors import PeftkitError
-from peftkit.launch import worker_sharding
+from peftkit.environment import begin, environment, refuse_drift
+from peftkit.errors import PeftkitError, Stopped
+from peftkit.launch import worker_arguments, worker_sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
-from peftkit.run import Run, environment, newest_unfinished, write_json, write_text
+from peftkit.run import Run, newest_unfinished, remove_leftovers, write_text
+from peftkit.stop import stops_at_once
 from peftkit.tasks.example import Example, Runtime
 
 if TYPE_CHECKING:
     import torch
 
 
-def train(loaded: LoadedRecipe, output: Path | None, resume: bool) -> dict[str, Any]:
-    """Train, evaluate and certify; returns the summary that `--json` prints."""
+def train(
+    loaded: LoadedRecipe, output: Path | None, resume: bool, *, force: bool = False, locked: Path | None = None
+) -> dict[str, Any]:
+    """Train, evaluate and certify; returns the summary that `--json` prints.
+
+    Args:
+        loaded: the recipe.
+        output: the run directory; None: a new one, or the newest unfinished one with `resume`.
+        resume: whether to go on with a run.
+        force: go on although recipe, rows or model have changed, and break the lock of another host.
+        locked: a run whose packages, model and rows must be those of now.
+    """
     with console.progress(None, "reading rows", speaks=process_index() == 0) as advance:
         before = _run_to_continue(loaded, output) if resume else None
         found = survey(loaded, date=before.template_date if before else None, on_row=lambda: advance(1))
     found = settle_micro_batch(found, worker_sharding(found.plan.hardware.num_processes), before)
-    run = open_run(loaded, found.plan, output, resume)
+    facts = environment_of(found) if process_index() == 0 else {}
+    if locked is not None and facts:
+        refuse_drift(locked, facts)
+    run = open_run(loaded, found.plan, output, resume, force)
     reporter = console.reporter(process_index(), run.log)
-    try:
-        with (
-            explain_exhaustion(lambda: training_memory_text(found.plan, found.data)),
-            explain_training_memory(loaded, found),
-        ):
-            if process_index() == 0:
-                model = model_fingerprint(base_of(found.plan), found.blueprint.config)
-                facts = environment(found.plan, found.data.fingerprints | {"model": model})
-                write_json(run.environment_path, facts | {"template_date": found.data.encoding.template_date})
-                write_text(run.data_report_path, found.data.findings_path.read_text(encoding="utf-8"))
-                run.write_status("training", step=0)
+    explained = functools.partial(explain_exhaustion, lambda: training_memory_text(found.plan, found.data))
+    with explained(), lock(run, reporter.note, force=force) if facts else contextlib.nullcontext():
+        forced = begin(run, found.plan, facts, resume=resume, force=force) if facts else []
+        elsewhere = stops_at_once("outside of training, where there is nothing to save")
+        with _recorded(run, loaded, found.plan), explained(), explain_training_memory(loaded, found), elsewhere:
+            if facts:
+                _begin(run, found, reporter, forced)
             _announce(reporter, run, found)
             return _train_in(run, found, reporter)
+
+
+def environment_of(found: Survey) -> dict[str, Any]:
+    """What environment.json says of the run."""
+    model = model_fingerprint(base_of(found.plan), found.blueprint.config)
+    facts = environment(found.plan, found.data.fingerprints | {"model": model})
+    return facts | {"template_date": found.data.encoding.template_date}
+
+
+def _begin(run: Run, found: Survey, reporter: console.LineReporter, forced: list[str]) -> None:
+    """Clear what a killed process has left, and write what is known before training."""
+    for line in forced:
+        reporter.note(f"note: --force: {line}")
+    for folder in (run.dir, run.checkpoints_dir):
+        remove_leftovers(folder)
+    write_text(run.data_report_path, found.data.findings_path.read_text(encoding="utf-8"))
+    run.write_status("training", step=0)
+
+
+@contextlib.contextmanager
+def _recorded(run: Run, loaded: LoadedRecipe, plan: Plan) -> Iterator[None]:
+    """Write down why a run ends; a run that is stopped is told how it goes on."""
+    try:
+        yield
+    except Stopped as error:
+        arguments = worker_arguments(loaded, run.dir, resume=True, as_json=False)
+        processes = ["--processes", str(plan.hardware.num_processes)] if plan.hardware.num_processes > 1 else []
+        told = Stopped(f"{error}. To go on:\n  {shlex.join(['peftkit', *arguments, *processes])}", error.exit_code)
+        _record_failure(run, told)
+        raise told from error
     except BaseException as error:
         _record_failure(run, error)
         raise
@@ -95,10 +141,10 @@ def _record_failure(run: Run, error: BaseException) -> None:
         run.log(f"{type(error).__name__}: {error}")
 
 
-def train_and_report(loaded: LoadedRecipe, output: Path | None, resume: bool, as_json: bool) -> None:
-    """Train, then print the summary (rank 0 only)."""
+def train_and_report(loaded: LoadedRecipe, output: Path | None, *, as_json: bool, **how: Any) -> None:
+    """Train, then print the summary (rank 0 only); `how`: see `train`."""
     with console.problems_as_json(as_json):
-        result = train(loaded, output, resume)
+        result = train(loaded, output, **how)
     if process_index() != 0:
         return
     if as_json:
@@ -131,6 +177,30 @@ def _print_metrics(after: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[str, Any]:
+    trainer, untrained = build_trainer(run, found, reporter)
+    plan, data, accelerator = trainer.plan, trainer.data, trainer.accelerator
+    trainer.resume()
+    if plan.recipe.training.eval_on_start and "test" in data.held_out and trainer.progress.step == 0:
+        trainer.evaluate("test")
+    trainer.fit()
+    found = dataclasses.replace(found, plan=trainer.plan)
+    evaluated = [split for split in ("validation", "test") if split in data.held_out]
+    metrics: dict[str, Any] = {split: flat_metrics(trainer.final_metrics(split)) for split in evaluated}
+    summary = _summary(run, trainer, metrics)
+    if report := hook(plan.method, "report"):
+        summary["adapter"] = report(trainer.model)
+    reference = _save(found, trainer, untrained)
+    if accelerator.is_main_process:
+        summary["certificate"] = _certify(found, trainer, reference, metrics)
+        summary |= _memory(found, reporter)
+        run.write_status("done", step=trainer.progress.step, summary=summary)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return summary
+
+
+def build_trainer(run: Run, found: Survey, reporter: Reporter) -> tuple[Trainer, Any]:
+    """Load the model, attach the adapter; returns what trains it, and the adapter's state before that."""
     plan, tokenizer, data = found.plan, found.tokenizer, found.data
     base_model, missing = load_base_model(base_of(plan), data.encoding)
     set_pad_token(base_model, tokenizer)
@@ -145,24 +215,9 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     if isinstance(data.train, Stream) and accelerator.is_main_process:
         data.train.on_dropped = run.append_data_report
         reporter.note(f"note: rows that are left out while training are in {run.data_report_path.name}")
-    trainer = Trainer(plan, model, runtime, data, run, accelerator, reporter)
-    if plan.recipe.training.eval_on_start and "test" in data.held_out and not trainer.is_resumed:
-        trainer.evaluate("test")
-    trainer.fit()
-    found = dataclasses.replace(found, plan=trainer.plan)
-    evaluated = [split for split in ("validation", "test") if split in data.held_out]
-    metrics: dict[str, Any] = {split: flat_metrics(trainer.final_metrics(split)) for split in evaluated}
-    summary = _summary(run, trainer, metrics)
-    if report := hook(plan.method, "report"):
-        summary["adapter"] = report(model)
-    reference = _save(found, trainer, untrained)
     if accelerator.is_main_process:
-        summary["certificate"] = _certify(found, trainer, reference, metrics)
-        summary |= _memory(found, reporter)
-        run.write_status("done", step=trainer.progress.step, summary=summary)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return summary
+        run.record_once("initial_weights", weights_digest(trainable_state(model)))
+    return Trainer(plan, model, runtime, data, run, accelerator, reporter), untrained
 
 
 def _save(found: Survey, trainer: Trainer, untrained: Any) -> list[torch.Tensor]:
@@ -244,10 +299,10 @@ def _summary(run: Run, trainer: Trainer, metrics: dict[str, Any]) -> dict[str, A
     }
 
 
-def open_run(loaded: LoadedRecipe, plan: Plan, output: Path | None, resume: bool) -> Run:
+def open_run(loaded: LoadedRecipe, plan: Plan, output: Path | None, resume: bool, force: bool) -> Run:
     """The run directory to write to: a new one, or the one to continue; rank 0 makes it."""
     if resume:
-        return Run.resume(plan, output)
+        return Run.resume(plan, output, force=force)
     if process_index() == 0:
         return Run.create(loaded, plan, output)
     assert output is not None, "launch names the directory for all processes"

@@ -18,7 +18,8 @@ from peftkit.engine.hardware import WHOLE_MODELS
 from peftkit.engine.largest import LargestPass, find_largest_pass
 from peftkit.engine.stored import state_bytes
 from peftkit.plan import with_micro_batch
-from peftkit.run import resolved_yaml, write_text
+from peftkit.resolved import resolved_yaml
+from peftkit.run import write_text
 from peftkit.tasks.example import Example
 
 if TYPE_CHECKING:

@@ -69,10 +69,11 @@ class Journal:
             "target_tokens": progress.target_tokens,
             "seconds": round(progress.seconds, 3),
             "memory_bytes": peak_memory_bytes(self.plan.hardware.device),
+            "rows": progress.rows,
         }
         line |= {"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}
         line |= {"spike": True} if progress.spikes else {}
-        progress.loss_sum, progress.loss_targets, progress.spikes = 0.0, 0, 0
+        progress.loss_sum, progress.loss_targets, progress.spikes, progress.rows = 0.0, 0, 0, ""
         if self.accelerator.is_main_process:
             self.run.append_metrics(line)
         if time.monotonic() >= self._next_status:

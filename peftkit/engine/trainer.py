@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,13 +17,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from peftkit.engine.adapter import trained_parameters
 from peftkit.engine.batches import join, layout_of
-from peftkit.engine.checkpoint import Progress, list_checkpoints, load_best, load_checkpoint, save_best, save_checkpoint
+from peftkit.engine.checkpoint import (
+    Progress,
+    find_checkpoint,
+    list_checkpoints,
+    load_best,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 from peftkit.engine.coupled import coupled_backward
 from peftkit.engine.data import Data
+from peftkit.engine.digest import rows_digest
 from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
 from peftkit.engine.fast import take_fast_paths, without_mask
 from peftkit.engine.first_pass import run_largest_pass
@@ -32,6 +39,7 @@ from peftkit.engine.guard import memory_told
 from peftkit.engine.hardware import WHOLE_MODELS
 from peftkit.engine.hooks import ExtraState, hook
 from peftkit.engine.journal import Journal, Reporter
+from peftkit.engine.neftune import noisy_embeddings
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
@@ -39,9 +47,10 @@ from peftkit.engine.sharding import backward, clipped_norm, own_part, place_whol
 from peftkit.engine.signals import StopSignal
 from peftkit.engine.spikes import note_spike
 from peftkit.engine.step import Step
-from peftkit.errors import NonFiniteError, Stopped
+from peftkit.errors import NonFiniteError
 from peftkit.plan import Plan, num_steps, steps_per_epoch
 from peftkit.run import Run
+from peftkit.stop import stopped
 from peftkit.tasks.example import Batch, Example, Runtime
 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
@@ -99,7 +108,7 @@ class Trainer:
             self.parts["adapter"] = ExtraState(self.plan.method, self.model)
         if self.accelerator.scaler is not None:
             self.parts["scaler"] = self.accelerator.scaler
-        self.stop_signal = StopSignal()
+        self.stop_signal = StopSignal(self.plan.recipe.training.max_seconds)
         self.journal = Journal(self.plan, self.run, self.accelerator, self.reporter, self.total_steps)
         self.skipped_steps = 0
         self.holds_best = False
@@ -110,20 +119,17 @@ class Trainer:
         stated = self.plan.recipe.training.metric_for_best_model
         return stated or self.plan.task.default_metric_for(self.data.encoding)
 
-    @property
-    def is_resumed(self) -> bool:
-        """Whether the run has a checkpoint to go on from."""
-        return bool(list_checkpoints(self.run))
+    def fit(self, last_step: int | None = None) -> None:
+        """Train to the end, then leave the best (or last) weights in the model; `resume` comes before it.
 
-    def fit(self) -> None:
-        """Train to the end, then leave the best (or last) weights in the model.
+        Args:
+            last_step: end here instead, as `replay` does, and leave the weights as they are.
 
         Raises:
             NonFiniteError: loss, gradient or weights are not finite.
-            Stopped: a signal asked for it; a checkpoint was written.
+            Stopped: a signal or `max_seconds` asked for it; a checkpoint was written.
         """
-        self._resume()
-        with self._neftune():
+        with noisy_embeddings(self.model, self.plan.recipe.training.neftune_noise_alpha):
             self.wrapped.train()
             run_largest_pass(self)
         training = self.plan.recipe.training
@@ -131,24 +137,34 @@ class Trainer:
             self._evaluate_and_compare()
         self.reporter.start(self.total_steps, self.progress.step)
         try:
-            with self.stop_signal.heard(), self._neftune(), self._prepared() as prepared:
+            with (
+                self.stop_signal.heard(),
+                noisy_embeddings(self.model, self.plan.recipe.training.neftune_noise_alpha),
+                self._prepared() as prepared,
+            ):
                 self.wrapped.train()
-                while self.progress.step < self.total_steps and not self.progress.stopped_early:
+                last = self.total_steps if last_step is None else min(last_step, self.total_steps)
+                while self.progress.step < last and not self.progress.stopped_early:
                     self._one_step(prepared)
         finally:
             self.reporter.stop()
-        if self.plan.keeps_best and self.progress.best_step != self.progress.step:
-            load_best(self.run, self.model)
+        if last_step is None and self.plan.keeps_best and self.progress.best_step != self.progress.step:
+            load_best(self.run, self.model, self.progress.best_step)
             self.holds_best = True
             self.reporter.note(f"kept the adapter of step {self.progress.best_step}, the best by {self.metric_for_best}")
 
-    def _resume(self) -> None:
-        checkpoints = list_checkpoints(self.run)
-        if checkpoints:
-            self.progress = load_checkpoint(checkpoints[-1], self.model, self.parts, self.accelerator.process_index)
+    def resume(self) -> None:
+        """Go on from the newest sound checkpoint, where the run has one."""
+        checkpoint = find_checkpoint(self.run, self.reporter.note, needs_best=self.plan.keeps_best)
+        if checkpoint is not None:
+            process, seed = self.accelerator.process_index, self.plan.recipe.training.seed
+            self.progress = load_checkpoint(checkpoint, self.model, self.parts, process, seed)
             self.reporter.note(f"resumed after step {self.progress.step} of {self.total_steps}")
         if self.accelerator.is_main_process:
-            self.run.truncate_metrics(self.progress.step)
+            self.run.truncate_metrics(self.progress.metrics_bytes)
+        self.accelerator.wait_for_everyone()
+        if checkpoint is not None:
+            self.last_metrics = self.run.read_metrics_at(self.progress.step).get("validation", {})
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[Callable[[int], _Prepared]]:
@@ -181,12 +197,14 @@ class Trainer:
         progress.seconds += time.perf_counter() - started
         progress.loss_sum += loss * num_targets
         progress.loss_targets += num_targets
+        progress.rows = rows_digest(rows, progress.rows)
         if odd := note_spike(progress, loss, grad_norm, rows):
             self.reporter.note(odd)
         self.reporter.advance(progress.step)
         self.journal.step(progress, learning_rate, grad_norm)
-        self._after_step()
+        self._evaluate_when_due()
         self.journal.step(progress, learning_rate, grad_norm)  # the last line of a run that has stopped early
+        self._save_when_due()
 
     def _forward_backward(self, ready: _Prepared, num_targets: float) -> float:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
@@ -290,21 +308,26 @@ class Trainer:
             "A lower training.learning_rate, a max_grad_norm, warmup_steps or bf16 instead of fp16 often mends it."
         )
 
-    def _after_step(self) -> None:
+    @property
+    def _ends_epoch(self) -> bool:
+        return self.progress.step == self.total_steps or self.progress.step % self.per_epoch == 0
+
+    def _evaluate_when_due(self) -> None:
         training, step = self.plan.recipe.training, self.progress.step
-        ends = step == self.total_steps or step % self.per_epoch == 0
-        if "validation" in self.data.held_out:
-            due = step % training.eval_steps == 0 if training.eval_steps else ends
-            if due or step == self.total_steps:
-                self._evaluate_and_compare()
-        due = step % training.save_steps == 0 if training.save_steps else ends
-        signal_number = self.stop_signal.agreed(self.accelerator)
-        if due or signal_number or step == self.total_steps or self.progress.stopped_early:
+        due = step % training.eval_steps == 0 if training.eval_steps else self._ends_epoch
+        if "validation" in self.data.held_out and (due or step == self.total_steps):
+            self._evaluate_and_compare()
+
+    def _save_when_due(self) -> None:
+        """Write a checkpoint where one is due, or the run is asked to stop."""
+        training, step = self.plan.recipe.training, self.progress.step
+        due = step % training.save_steps == 0 if training.save_steps else self._ends_epoch
+        why = self.stop_signal.agreed(self.accelerator)
+        if due or why or step == self.total_steps or self.progress.stopped_early:
             save_checkpoint(self.run, self.model, self.parts, self.progress, training.save_total_limit)
             self.journal.write_status(step)
-        if signal_number and step < self.total_steps:
-            code = 130 if signal_number == signal.SIGINT else 75
-            raise Stopped(f"stopped after step {step} of {self.total_steps}; `--resume --output {self.run.dir}` goes on", code)
+        if why and step < self.total_steps:
+            raise stopped(why, f"after step {step} of {self.total_steps}, with a full checkpoint")
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Evaluate one split with the weights that are in the model, and write it down."""
@@ -358,7 +381,7 @@ class Trainer:
         if progress.best_value is None or sign * (value - progress.best_value) > threshold:
             progress.best_value, progress.best_step, progress.evaluations_without_best = value, progress.step, 0
             if self.plan.keeps_best:
-                save_best(self.run, self.model)
+                save_best(self.run, self.model, progress.step)
             self.accelerator.wait_for_everyone()
             return
         progress.evaluations_without_best += 1
@@ -366,18 +389,3 @@ class Trainer:
         if patience is not None and progress.evaluations_without_best >= patience:
             progress.stopped_early = True
             self.reporter.note(f"stopped early: no better {name} in {patience} evaluation(s)")
-
-    @contextlib.contextmanager
-    def _neftune(self) -> Iterator[None]:
-        alpha = self.plan.recipe.training.neftune_noise_alpha
-        if alpha is None:
-            yield
-            return
-        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.neftune_noise_alpha = alpha
-        handle = embeddings.register_forward_hook(neftune_post_forward_hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-            del embeddings.neftune_noise_alpha

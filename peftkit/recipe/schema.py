@@ -197,6 +197,11 @@ class TrainingSection(Section):
     learning_rate: Literal["auto"] | PositiveFloat = Field("auto", description="Peak learning rate; auto: the method's own.")
     num_train_epochs: PositiveFloat = Field(3.0, description="Passes over the training rows; fractions are allowed.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; replaces num_train_epochs.")
+    max_seconds: PositiveFloat | None = Field(
+        None,
+        description="Stop after so many seconds of training, evaluations included, with a full checkpoint and exit code 75; "
+        "`--resume` goes on and has as many again. Loading is not counted.",
+    )
     batch_size: PositiveInt = Field(32, description="Sequences per optimizer step, over all processes together.")
     micro_batch_size: Literal["auto"] | PositiveInt = Field(
         "auto",

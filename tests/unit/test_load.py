@@ -19,7 +19,7 @@ from peftkit.recipe.explain import all_keys, json_schema
 from peftkit.recipe.foreign import FOREIGN_KEYS
 from peftkit.recipe.starter import starter_recipe
 from peftkit.recipe.yaml_file import read_yaml
-from peftkit.run import resolved_yaml
+from peftkit.resolved import resolved_yaml
 from peftkit.tasks import TASKS
 from tests.conftest import FITTING, ROWS, write_jsonl, write_starter_adapters
 from tests.unit.conftest import Load, Problems

@@ -12,7 +12,7 @@ from peftkit.errors import RecipeError
 from peftkit.methods import METHODS
 from peftkit.plan import Hardware, Plan, make_plan, num_steps, steps_per_epoch, warmup_steps
 from peftkit.recipe import load_recipe
-from peftkit.run import resolved_yaml
+from peftkit.resolved import resolved_yaml
 from tests.conftest import ROWS, write_jsonl
 from tests.unit.conftest import Load
 

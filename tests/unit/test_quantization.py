@@ -16,7 +16,7 @@ from peftkit.plan import Hardware, make_plan, quantized
 from peftkit.recipe import load_recipe
 from peftkit.recipe.fit import why_not
 from peftkit.recipe.quantization import quantization_of, stored_quantization
-from peftkit.run import resolved_yaml
+from peftkit.resolved import resolved_yaml
 from tests.unit.conftest import Load, Problems
 from tests.unit.test_plan import CPU, GPU, MPS, OLD_GPU
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from peftkit.environment import environment
 from peftkit.errors import LoadError, RecipeError, ResourceError
 from peftkit.plan import Hardware, Plan, make_plan
 from peftkit.recipe import LoadedRecipe
-from peftkit.run import Run, environment, new_folder, write_json, write_text
+from peftkit.run import Run, new_folder, write_json, write_text
 from tests.unit.conftest import Load
 
 CPU = Hardware("cpu", "the CPU", True, 2**34)
@@ -144,12 +145,14 @@ def test_the_rest_of_a_killed_replacement_is_no_hindrance(tmp_path: Path) -> Non
 
 def test_metrics_after_a_checkpoint_are_dropped_with_a_line_cut_short(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    for step in (1, 2, 3):
-        run.append_metrics({"step": step, "loss": float("nan")})
+    run.append_metrics({"step": 1, "loss": 1.0})
+    run.append_metrics({"step": 2, "loss": float("nan")})
+    num_bytes = run.sync_metrics()
+    run.append_metrics({"step": 3, "loss": 1.0})
     with run.metrics_path.open("a") as handle:
         handle.write('{"step": 2, "lo')
-    run.truncate_metrics(2)
-    assert run.metrics_path.read_text() == '{"step": 1, "loss": NaN}\n{"step": 2, "loss": NaN}\n'
+    run.truncate_metrics(num_bytes)
+    assert run.metrics_path.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": NaN}\n'
 
 
 def test_the_status_is_read_as_written_and_empty_where_there_is_none(tmp_path: Path) -> None:
