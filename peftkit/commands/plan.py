@@ -14,7 +14,7 @@ from peftkit.engine.fit import gpu_of, propose
 from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.survey import survey
-from peftkit.launch import Sharding
+from peftkit.launch_file import Sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 
