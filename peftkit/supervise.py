@@ -95,7 +95,7 @@ class Job:
                     process.kill()
 
     def signs(self) -> dict[int, dict[str, Any]]:
-        """The last sign of life of each rank on this machine: `pid`, `where`, `time`."""
+        """The last sign of life of each rank on this machine: what `peftkit.worker` writes, and its `time`."""
         found = {}
         for path in self.dir.glob("rank-*.json"):
             with contextlib.suppress(OSError, ValueError):
@@ -148,13 +148,11 @@ class Job:
         silent = f"no process has got on for {self.hang_timeout:.0f} s (`--hang-timeout`)"
         if not signs:
             return f"{silent}: no worker has started"
-        rank, oldest = min(signs.items(), key=lambda item: item[1]["time"])
-        behind = time.time() - oldest["time"]
-        logs = self.run.worker_log_path(rank).parent
-        return (
-            f"{silent}; rank {rank} fell silent first, {behind:.0f} s ago, at: {oldest['where']}. "
-            f"The stacks of all ranks are in {logs}"
-        )
+        # A process that waits for others is in torch; the one that they wait for is often behind, or somewhere else.
+        order = sorted(signs.items(), key=lambda item: (item[1]["count"], item[1]["in_torch"], item[0]))
+        lines = [f"  rank {rank}: {sign['where']}, in {sign['at']}" for rank, sign in order]
+        logs = self.run.logs_dir
+        return f"{silent}. The stacks are in {logs}. Where they stand, the most likely cause first:\n" + "\n".join(lines)
 
     def _write_stacks(self) -> None:
         """Have every worker write down where it stands."""

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 SECONDS_BETWEEN_SIGNS = 1.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # man 2 prctl
@@ -90,24 +91,36 @@ def _give_signs(path: Path, main_thread: int) -> None:
     """
     seen: object = None
     while path.parent.is_dir():
-        now = (_PROGRESS.count, _place(sys._current_frames().get(main_thread)))
+        frame = sys._current_frames().get(main_thread)
+        now = (_PROGRESS.count, _place(frame))
         if now != seen:
             seen = now
+            sign = {"pid": os.getpid(), "count": _PROGRESS.count, "where": _PROGRESS.where} | _innermost(frame)
             temporary = path.with_suffix(".new")
             try:
-                temporary.write_text(json.dumps({"pid": os.getpid(), "where": _PROGRESS.where}), encoding="utf-8")
+                temporary.write_text(json.dumps(sign), encoding="utf-8")
                 temporary.replace(path)
             except OSError:
                 return  # the launcher is gone, and its folder with it
+        del frame  # what its locals hold must not live on here
         time.sleep(SECONDS_BETWEEN_SIGNS)
 
 
 def _place(frame: FrameType | None) -> list[tuple[int, int]]:
+    """Where each function of a stack is; not the frames themselves, which would keep their tensors."""
     place = []
     while frame is not None:
         place.append((id(frame.f_code), frame.f_lasti))
         frame = frame.f_back
     return place
+
+
+def _innermost(frame: FrameType | None) -> dict[str, Any]:
+    """The function that runs, in words, and whether it is torch's, where processes wait for each other."""
+    if frame is None:
+        return {"at": "", "in_torch": False}
+    file = Path(frame.f_code.co_filename)
+    return {"at": f"{frame.f_code.co_name} ({file.name}:{frame.f_lineno})", "in_torch": "torch" in file.parts}
 
 
 def is_lost_peer(error: BaseException) -> bool:

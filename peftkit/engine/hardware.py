@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, DistributedType
 
+from peftkit.launch import is_worker
 from peftkit.plan import Hardware, Plan
 from peftkit.run import Run
 
@@ -61,9 +63,11 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     # The precision of a process's first Accelerator would hold for all later ones (accelerate 1.15).
     AcceleratorState._reset_state()
     unused = plan.method.skips_parameters(plan.recipe.adapter)
+    # Others wait while rank 0 certifies; a launched job that hangs is ended by its launcher, long before this.
+    waiting = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if is_worker() else []
     accelerator = Accelerator(
         # A process without rows to evaluate makes no forward pass, and would leave others waiting to share buffers.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False), *waiting],
         mixed_precision=plan.mixed_precision,
         cpu=plan.hardware.device == "cpu",
         log_with=list(trackers) or None,
