@@ -76,10 +76,12 @@ class Job:
             self.kill()
         elif number not in self.heard:
             self.heard.append(number)
-            # Not to the agent: it gives workers 30 s to end, too short for a long step and a checkpoint.
-            for process in self.workers() or [psutil.Process(self.process.pid)]:
+            workers = self.workers()
+            for process in workers:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
+            if not workers:
+                self.kill()  # nothing has begun
 
     def workers(self) -> list[psutil.Process]:
         """The processes that the agent has started."""

@@ -68,9 +68,9 @@ def begin(job_dir: Path, rank: int, log_path: Path, *, keeps_terminal: bool) -> 
     threading.Thread(target=_give_signs, args=arguments, name="signs of life", daemon=True).start()
 
 
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when the one that started it dies (Linux)."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the kernel send a signal to this process when the one that started it dies (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def adopt_orphans() -> None:
