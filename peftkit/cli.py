@@ -6,11 +6,15 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from peftkit import __version__
+
+if TYPE_CHECKING:
+    from peftkit.launch import Launch
+    from peftkit.recipe import LoadedRecipe
 
 # Looking for pydantic plugins means reading the metadata of every installed package; a recipe needs none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -81,7 +85,7 @@ def plan(
 ) -> None:
     """Show what a run will do: targets, parameters, steps, tokens, memory. Loads no weights."""
     from peftkit import console
-    from peftkit import launch as launcher
+    from peftkit.launch_file import read_sharding
     from peftkit.recipe import load_recipe
 
     with console.problems_as_json(as_json):
@@ -89,7 +93,7 @@ def plan(
         from peftkit.commands import plan as command
 
         stated = processes is not None or launch is not None
-        sharding = launcher.read_sharding(processes, launch) if stated else None
+        sharding = read_sharding(processes, launch) if stated else None
         with loaded.located():
             result = command.plan(loaded, sharding=sharding, fit_gib=fit)
     console.print_json(result) if as_json else command.print_plan(result)
@@ -143,7 +147,7 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --output, or the newest unfinished one.")
     ] = False,
-    processes: Annotated[int | None, typer.Option(help="Train with so many processes on this machine.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Train with so many processes on each machine.")] = None,
     launch: Annotated[Path | None, typer.Option(help="Train as this accelerate launch file says.")] = None,
     locked: Annotated[
         Path | None,
@@ -152,25 +156,35 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     force: Annotated[
         bool, typer.Option("--force", help="With --resume: go on although recipe, rows, model or host have changed.")
     ] = False,
+    hang_timeout: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="End processes that make no progress for so long; 0: never.")
+    ] = 1800.0,
+    num_machines: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many machines; default: the scheduler's.")
+    ] = None,
+    machine_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
+    main_process_ip: Annotated[str | None, typer.Option(help="Address of the machine of rank 0.")] = None,
+    main_process_port: Annotated[int | None, typer.Option(help="Port of the machine of rank 0.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train, evaluate and certify."""
     from peftkit import launch as launcher
     from peftkit.errors import RecipeError
+    from peftkit.machines import Machines
     from peftkit.recipe import load_recipe
     from peftkit.stop import stops_at_once
 
     loaded = load_recipe(recipe, overrides or [])
     if force and not resume:
         raise RecipeError("--force: has no effect without --resume; a new run needs a new folder")
-    starts = (processes is not None or launch is not None) and not launcher.is_worker()
-    launcher.refuse_unshardable(loaded, launcher.read_sharding(processes, launch) if starts else launcher.worker_sharding(1))
-    if starts:
-        run_dir = launcher.worker_run_dir(loaded, output, resume)
-        arguments = launcher.worker_arguments(loaded, run_dir, resume, as_json)
-        arguments += ["--force"] * force + (["--locked", str(locked)] if locked else [])
-        raise typer.Exit(launcher.launch(processes, launch, arguments))
+    machines = Machines(num_machines, machine_rank, main_process_ip, main_process_port)
+    asked = launcher.Launch(processes, launch, hang_timeout, machines)
+    if asked.is_wanted:
+        further = ["--force"] * force + (["--locked", str(locked)] if locked else [])
+        _launch(asked, loaded, output, resume=resume, as_json=as_json, further=further)
+    launcher.refuse_unshardable(loaded, launcher.worker_sharding(1))
+    launcher.begin_worker(output)
     with stops_at_once("before training began: the same command starts again"), loaded.located():
         from peftkit.commands import train as command
 
@@ -191,6 +205,23 @@ def replay(
         result = command.replay(run, steps)
     console.print_json(result) if as_json else command.print_replay(result)
     raise typer.Exit(0 if result["equal"] else 6)
+
+
+def _launch(
+    asked: Launch, loaded: LoadedRecipe, output: Path | None, *, resume: bool, as_json: bool, further: list[str]
+) -> NoReturn:
+    """Train in processes of their own, and end as they do."""
+    from peftkit import console
+    from peftkit import launch as launcher
+
+    with console.problems_as_json(as_json):
+        launcher.refuse_unshardable(loaded, launcher.read_sharding(asked.processes, asked.config))
+        facts = launcher.resolve(asked, loaded.recipe.training.mixed_precision)
+        run = launcher.run_of_workers(facts, loaded, output, resume)
+        arguments = launcher.worker_arguments(loaded, run.dir, resume, as_json) + further
+        if facts["num_machines"] > 1:
+            console.print_note(launcher.describe(facts))
+        raise typer.Exit(launcher.launch(facts, run, asked.hang_timeout, arguments))
 
 
 @app.command()
@@ -310,23 +341,32 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("peftkit", "interrupted", 130)
     except Exception as error:
-        _fail("peftkit: a bug of ours (exit 1)", _bug_report(error), 1)
+        _fail_of_bug(error)
 
 
-def _fail(title: str, text: str, code: int) -> None:
+def _fail_of_bug(error: Exception) -> None:
+    from peftkit.worker import is_lost_peer
+
+    if is_lost_peer(error):
+        text = f"another process of this job has ended or cannot be reached: {error}"
+        _fail("peftkit: error (exit 1)", text, 1, lost_peer=True)
+    _fail("peftkit: a bug of ours (exit 1)", _bug_report(error), 1)
+
+
+def _fail(title: str, text: str, code: int, *, lost_peer: bool = False) -> None:
     from peftkit import console
 
     console.print_error(title, text)
-    _leave(code)
+    _leave(code, text, lost_peer=lost_peer)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, message: str = "", *, lost_peer: bool = False) -> None:
     """End this process; a launched worker tells its launcher, and frees nothing, see `peftkit.engine.hardware`."""
     if "peftkit.launch" in sys.modules:
         from peftkit import console
         from peftkit.launch import is_worker, report_exit
 
-        report_exit(code)
+        report_exit(code, message, lost_peer=lost_peer)
         if is_worker() and "torch" in sys.modules:
             console.flush()
             os._exit(code)

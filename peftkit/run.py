@@ -140,8 +140,7 @@ class Run:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         base = Path(plan.recipe.output.dir) / f"{plan.recipe.name}-{stamp}"
         run = cls(output or _first_free(base))
-        if run.dir.exists() and (not run.dir.is_dir() or any(run.dir.iterdir())):
-            raise RecipeError(f"--output {run.dir}: is not empty; name a new folder, or add `--resume` to continue that run")
+        run.require_new()
         try:
             run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
             write_text(run.recipe_path, loaded.text)
@@ -149,6 +148,16 @@ class Run:
         except OSError as error:
             raise ResourceError(f"the run directory {run.dir} cannot be written: {error.strerror}") from error
         return run
+
+    def require_new(self) -> None:
+        """Refuse a directory that holds anything beside the logs of workers, which begin before the run does.
+
+        Raises:
+            RecipeError: it does.
+        """
+        occupied = self.dir.exists() and (not self.dir.is_dir() or any(path != self.logs_dir for path in self.dir.iterdir()))
+        if occupied:
+            raise RecipeError(f"--output {self.dir}: is not empty; name a new folder, or add `--resume` to continue that run")
 
     @classmethod
     def open(cls, directory: Path) -> Run:
@@ -231,6 +240,15 @@ class Run:
     def log_path(self) -> Path:
         """What was printed, and tracebacks of bugs."""
         return self.dir / "train.log"
+
+    @property
+    def logs_dir(self) -> Path:
+        """What launched workers print that have no terminal."""
+        return self.dir / "logs"
+
+    def worker_log_path(self, rank: int | str) -> Path:
+        """What the worker of this rank printed, and its stack where it crashed or hung."""
+        return self.logs_dir / f"rank-{rank}.log"
 
     @property
     def checkpoints_dir(self) -> Path:

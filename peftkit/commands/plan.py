@@ -15,7 +15,7 @@ from peftkit.engine.hardware import detect_hardware
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import settle_micro_batch
 from peftkit.engine.survey import survey
-from peftkit.launch import Sharding
+from peftkit.launch_file import Sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 

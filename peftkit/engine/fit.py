@@ -18,7 +18,7 @@ from peftkit.engine.stored import stored
 from peftkit.engine.survey import Survey
 from peftkit.engine.trace import Held
 from peftkit.errors import PeftkitError
-from peftkit.launch import Sharding
+from peftkit.launch_file import Sharding
 from peftkit.plan import MICRO_BATCH, Hardware, make_plan, with_micro_batch
 from peftkit.recipe import LoadedRecipe, load_recipe
 

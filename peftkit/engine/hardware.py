@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from peftkit.launch import is_worker
 from peftkit.plan import Hardware, Plan
 from peftkit.run import Run
 
@@ -80,9 +87,11 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     AcceleratorState._reset_state()
     unused = plan.method.skips_parameters(plan.recipe.adapter)
     plugin, zero = _fsdp_plugin(), os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    # Others wait while rank 0 certifies; a launched job that hangs is ended by its launcher, long before this.
+    waiting = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if is_worker() else []
     accelerator = Accelerator(
         # A process without rows to evaluate makes no forward pass, and would leave others waiting to share buffers.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False), *waiting],
         mixed_precision="no" if zero else plan.mixed_precision,  # DeepSpeed's own would round what is trained
         cpu=plan.hardware.device == "cpu",
         fsdp_plugin=None if plan.hardware.device == "cpu" else plugin,

@@ -29,7 +29,7 @@ from peftkit.engine.stored import Stored, checkpoint_bytes, stored
 from peftkit.engine.survey import Survey
 from peftkit.engine.token_loss import Head
 from peftkit.engine.trace import Held, trace_inference, trace_training
-from peftkit.launch import Sharding
+from peftkit.launch_file import Sharding
 from peftkit.methods import METHODS
 from peftkit.plan import Plan
 from peftkit.tasks.example import Batch, Runtime

@@ -13,7 +13,7 @@ from peftkit.engine.largest import find_largest_pass
 from peftkit.engine.limits import usable_bytes
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.survey import Survey
-from peftkit.launch import Sharding
+from peftkit.launch_file import Sharding
 from peftkit.plan import MICRO_BATCH, Plan, with_micro_batch
 from peftkit.run import Run
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.model import Base
 from peftkit.engine.quantized import is_linear, is_skipped
-from peftkit.launch import Sharding
+from peftkit.launch_file import Sharding
 from peftkit.plan import Plan
 from peftkit.recipe.quantization import Quantization
 

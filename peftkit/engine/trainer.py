@@ -52,6 +52,7 @@ from peftkit.plan import Plan, num_steps, steps_per_epoch
 from peftkit.run import Run
 from peftkit.stop import stopped
 from peftkit.tasks.example import Batch, Example, Runtime
+from peftkit.worker import beat
 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
 
@@ -184,6 +185,7 @@ class Trainer:
 
     def _one_step(self, prepared: Callable[[int], _Prepared]) -> None:
         started = time.perf_counter()
+        beat(f"step {self.progress.step + 1}")
         learning_rate = self.optimizer.param_groups[0]["lr"]
         ready = prepared(self.progress.step)
         rows = ready.rows
@@ -327,11 +329,13 @@ class Trainer:
             save_checkpoint(self.run, self.model, self.parts, self.progress, training.save_total_limit)
             self.journal.write_status(step)
         if why and step < self.total_steps:
+            self.accelerator.wait_for_everyone()  # a process that ends has the others ended, rank 0 amid its checkpoint
             raise stopped(why, f"after step {step} of {self.total_steps}, with a full checkpoint")
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Evaluate one split with the weights that are in the model, and write it down."""
         settings = self.plan.recipe.evaluation
+        beat(f"evaluation of {split} after step {self.weights_step}")
         with self.accelerator.autocast():
             results = score_examples(
                 self.step,

@@ -27,7 +27,8 @@ from peftkit.engine.quantized import bitsandbytes_layers
 from peftkit.engine.stored import Stored, checkpoint_bytes, quantised_bytes, state_bytes, stored
 from peftkit.engine.survey import survey
 from peftkit.errors import RecipeError
-from peftkit.launch import Sharding, read_sharding, worker_sharding
+from peftkit.launch import worker_sharding
+from peftkit.launch_file import Sharding, read_sharding
 from peftkit.methods import METHODS
 from peftkit.plan import Hardware
 from peftkit.recipe import load_recipe

@@ -15,7 +15,7 @@ from peftkit.engine.limits import memory_of_process, usable_bytes
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import kept_micro_batch, settle_micro_batch
 from peftkit.engine.survey import Survey, survey
-from peftkit.launch import Sharding
+from peftkit.launch_file import Sharding
 from peftkit.plan import Hardware, with_micro_batch
 from peftkit.recipe import load_recipe
 from peftkit.run import Run

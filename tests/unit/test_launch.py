@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import signal
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.launch import (
-    EXIT_FILE,
+    JOB_DIR,
     WORKER_MARK,
+    Launch,
     is_worker,
-    launch,
     launch_command,
-    read_sharding,
     report_exit,
+    resolve,
+    run_of_workers,
     worker_arguments,
     worker_run_dir,
-    write_launch_file,
 )
+from peftkit.launch_file import read_sharding
 from peftkit.run import Run
 from tests.unit.conftest import Load
 
-
-def test_a_launch_file_is_handed_to_accelerate_with_the_arguments_of_the_workers() -> None:
-    command = launch_command(2, Path("configs/x.yaml"), ["train", "r.yaml"])
-    assert command[:5] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/x.yaml"]
-    assert command[5:] == ["--num_processes", "2", "-m", "peftkit", "train", "r.yaml"]
+CPU = {"num_machines": 1, "machine_rank": 0, "num_processes": 2}
 
 
-def test_the_number_of_processes_is_left_to_the_launch_file_unless_stated() -> None:
-    assert "--num_processes" not in launch_command(None, Path("configs/x.yaml"), [])
+def test_the_workers_are_started_by_an_agent_that_accelerate_is_in() -> None:
+    command = launch_command(Path("launch.yaml"), Path("outcome.json"), ["train", "r.yaml"])
+    assert command[:5] == [sys.executable, "-m", "peftkit.agent", str(os.getpid()), "outcome.json"]
+    assert command[5:] == ["--config_file", "launch.yaml", "-m", "peftkit", "train", "r.yaml"]
 
 
-def test_the_launch_file_of_this_machine_is_gloo_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_launch_file_of_this_machine_is_gloo_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTKIT_DEVICE", "cpu")
-    facts = yaml.safe_load(write_launch_file(tmp_path / "launch.yaml").read_text())
+    facts = resolve(Launch(processes=3), "auto")
     assert (facts["distributed_type"], facts["use_cpu"], facts["main_process_port"]) == ("MULTI_GPU", True, 0)
+    assert facts["num_processes"] == 3
 
 
 def test_the_workers_share_one_run_directory_and_all_overrides(load: Load, recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -84,10 +84,10 @@ def test_a_worker_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_cannot_be_launched_is_refused(processes: int | None, config: Path | None, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        launch(processes, config, [])
+        resolve(Launch(processes, config), "auto")
 
 
-@pytest.mark.parametrize("read", [lambda file: read_sharding(None, file), lambda file: launch(None, file, [])])
+@pytest.mark.parametrize("read", [lambda file: read_sharding(None, file), lambda file: resolve(Launch(None, file), "auto")])
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -105,29 +105,27 @@ def test_a_launch_file_that_is_none_is_refused(tmp_path: Path, content: bytes, w
         read(tmp_path / "launch.yaml")
 
 
-def test_the_worker_that_fails_first_tells_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(WORKER_MARK, "1")
-    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
-    for code in (0, 3, 1):
-        report_exit(code)
-    assert (tmp_path / "code").read_text() == "3"
+def test_a_worker_tells_its_launcher_why_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {WORKER_MARK: "1", JOB_DIR: str(tmp_path), "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    report_exit(0)
+    assert list(tmp_path.iterdir()) == []
+    report_exit(3, "bad rows")
+    facts = {"code": 3, "rank": 2, "message": "bad rows", "lost_peer": False, "at_terminal": False}
+    assert json.loads((tmp_path / "exit-2.json").read_text()) == facts
 
 
-@pytest.mark.parametrize(
-    ("script", "code"),
-    [
-        ("", 0),
-        (f"import os; open(os.environ['{EXIT_FILE}'], 'w').write('7'); raise SystemExit(1)", 7),
-        ("raise SystemExit(1)", 1),
-        ("import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()", 143),
-        ("import os, signal; os.kill(os.getppid(), signal.SIGINT); signal.pause()", 130),
-    ],
-)
-def test_the_launcher_ends_as_its_workers(monkeypatch: pytest.MonkeyPatch, script: str, code: int) -> None:
-    monkeypatch.setattr("peftkit.launch.launch_command", lambda *arguments: [sys.executable, "-c", script])
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        assert launch(2, None, []) == code
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def test_several_machines_need_an_output_folder(load: Load, recipe: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="--output: several machines need it"):
+        run_of_workers(CPU | {"num_machines": 2}, load(recipe), None, False)
+
+
+def test_a_folder_that_holds_more_than_logs_is_refused_before_workers_start(
+    load: Load, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run/logs").mkdir(parents=True)
+    assert run_of_workers(CPU, load(recipe), tmp_path / "run", False) == Run(tmp_path / "run")
+    (tmp_path / "run/notes.txt").touch()
+    with pytest.raises(RecipeError, match="is not empty"):
+        run_of_workers(CPU, load(recipe), tmp_path / "run", False)
+    assert run_of_workers(CPU | {"machine_rank": 1}, load(recipe), tmp_path / "run", False).dir == tmp_path / "run"
