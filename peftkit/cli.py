@@ -213,9 +213,10 @@ def _launch(
     """Train in processes of their own, and end as they do."""
     from peftkit import console
     from peftkit import launch as launcher
+    from peftkit.launch_file import read_sharding
 
     with console.problems_as_json(as_json):
-        launcher.refuse_unshardable(loaded, launcher.read_sharding(asked.processes, asked.config))
+        launcher.refuse_unshardable(loaded, read_sharding(asked.processes, asked.config))
         facts = launcher.resolve(asked, loaded.recipe.training.mixed_precision)
         run = launcher.run_of_workers(facts, loaded, output, resume)
         arguments = launcher.worker_arguments(loaded, run.dir, resume, as_json) + further

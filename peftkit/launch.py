@@ -24,7 +24,6 @@ from peftkit.launch_file import (
     fsdp_names,
     fsdp_sharding,
     read_launch_file,
-    read_sharding,
     resolved_launch_file,
     zero_of_file,
     zero_sharding,
