@@ -45,4 +45,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+# Beside the other packages, for the runs that need it alone: accelerate imports it wherever it is installed.
+	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/deepspeed \
+	  deepspeed==0.19.8 hjson py-cpuinfo msgpack ninja einops || echo "DeepSpeed is not there: its tests will be skipped"
 	@touch $@
