@@ -150,6 +150,7 @@ def resolved_launch_file(
         "dynamo_backend": "NO",
         "same_network": True,  # torchrun's static rendezvous: the first machine's address and port are all that it needs
         **facts,
+        **({"fsdp_config": _fsdp_config(facts)} if kind == "FSDP" else {}),
         "distributed_type": kind,
         "use_cpu": not has_gpu,
         "num_processes": count,
@@ -159,6 +160,22 @@ def resolved_launch_file(
         "main_process_port": machines.main_port,
         "mixed_precision": "no",  # the recipe's is given to accelerate by the workers
     }
+
+
+def _fsdp_config(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of FSDP with what accelerate would take otherwise where nothing is stated."""
+    stated = dict(facts.get("fsdp_config") or {})
+    if str(stated.get("fsdp_cpu_ram_efficient_loading", "false")).lower() == "true":
+        raise RecipeError(
+            "--launch: fsdp_config.fsdp_cpu_ram_efficient_loading: true is not supported: every process reads the weights, to "
+            "prove its shorter ways on them; use false"
+        )
+    if str(stated.get("fsdp_activation_checkpointing", "false")).lower() == "true":
+        raise RecipeError(
+            "--launch: fsdp_config.fsdp_activation_checkpointing: the recipe decides: `training.gradient_checkpointing: true`"
+        )
+    usual = {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True}
+    return usual | stated | {"fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False}
 
 
 def check_fsdp_version(facts: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ def run_largest_pass(trainer: Trainer) -> None:
 
     Every process runs its own share of that pass. Where `training.micro_batch_size` is auto and memory does not suffice in
     one of them, all halve it and try again, down to 1; a number in the recipe is never changed. Of a stream, whose rows are
-    not known, the pass is the largest of the rows that were checked. DeepSpeed's engine steps with each backward pass, so
+    not known, the pass is the largest of the rows that were checked. DeepSpeed keeps gradients to itself until its step, so
     there nothing is tried. Where FSDP shares the weights, a process without memory leaves the others waiting in the middle
     of the pass: it ends the run.
 

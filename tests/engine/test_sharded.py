@@ -114,6 +114,26 @@ def test_what_cannot_be_shared_out_is_refused_before_any_process_starts(
     assert (result.code, words in result.err.replace("\n", " ")) == (2, True), result.err
 
 
+@pytest.mark.parametrize("key", ["fsdp_cpu_ram_efficient_loading", "fsdp_activation_checkpointing"])
+def test_settings_of_fsdp_that_would_contradict_the_run_are_refused(
+    cli: Any, models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("PEFTKIT_FSDP_ON_CPU", "1")
+    (tmp_path / "bad.yaml").write_text(f"distributed_type: FSDP\nfsdp_config: {{fsdp_version: 2, {key}: true}}\n")
+    result = cli("train", tiny_recipe("CAUSAL_LM", models_dir, tmp_path), "--launch", tmp_path / "bad.yaml")
+    assert (result.code, f"fsdp_config.{key}" in result.err) == (2, True)
+
+
+def test_a_file_that_states_the_least_is_filled_up(models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftkit.launch import Launch, resolve
+
+    monkeypatch.setenv("PEFTKIT_FSDP_ON_CPU", "1")
+    (tmp_path / "least.yaml").write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\n")
+    settings = resolve(Launch(2, tmp_path / "least.yaml"), "auto")["fsdp_config"]
+    assert settings["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert settings["fsdp_cpu_ram_efficient_loading"] is False
+
+
 def test_fsdp_of_the_first_kind_is_refused(cli: Any, models_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text(
         "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n"
