@@ -222,7 +222,7 @@ def _launch(
         arguments = launcher.worker_arguments(loaded, run.dir, resume, as_json) + further
         if facts["num_machines"] > 1:
             console.print_note(launcher.describe(facts))
-        raise typer.Exit(launcher.launch(facts, run, asked.hang_timeout, arguments))
+        raise typer.Exit(launcher.launch(facts, run, asked, arguments))
 
 
 @app.command()

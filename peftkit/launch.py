@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from peftkit.supervise import OUTCOME_FILE, Job, descendants, handing_on
 from peftkit.worker import adopt_orphans, begin, exit_path
 
 WORKER_MARK = "PEFTKIT_WORKER"
+OPTIONS = "PEFTKIT_LAUNCH_OPTIONS"  # with which the job was started
 JOB_DIR = "PEFTKIT_JOB_DIR"  # the folder that launcher and workers share on a machine
 
 
@@ -68,6 +70,11 @@ def worker_sharding(processes: int) -> Sharding:
 def is_worker() -> bool:
     """Whether this process was started by the launcher."""
     return os.environ.get(WORKER_MARK) == "1"
+
+
+def launch_options() -> list[str]:
+    """The options of processes and machines with which this worker's job was started."""
+    return shlex.split(os.environ.get(OPTIONS, "")) if is_worker() else []
 
 
 def begin_worker(output: Path | None) -> None:
@@ -173,6 +180,20 @@ class Launch:
     machines: Machines = field(default_factory=Machines)
 
     @property
+    def options(self) -> list[str]:
+        """The options that say the same."""
+        machines = self.machines
+        stated = {
+            "--processes": self.processes,
+            "--launch": self.config,
+            "--num-machines": machines.count,
+            "--machine-rank": machines.rank,
+            "--main-process-ip": machines.main_ip,
+            "--main-process-port": machines.main_port,
+        }
+        return [part for name, value in stated.items() if value is not None for part in (name, str(value))]
+
+    @property
     def is_wanted(self) -> bool:
         """Whether anything asks for launched processes, and this is not one of them."""
         return (self.processes, self.config, self.machines.count) != (None, None, None) and not is_worker()
@@ -194,13 +215,13 @@ def resolve(asked: Launch, mixed_precision: str) -> dict[str, Any]:
     return resolved_launch_file(facts, asked.processes, machines, mixed_precision, has_gpu=has_gpu)
 
 
-def launch(facts: dict[str, Any], run: Run, hang_timeout: float, arguments: Sequence[str]) -> int:
+def launch(facts: dict[str, Any], run: Run, asked: Launch, arguments: Sequence[str]) -> int:
     """Start the workers, hand signals on to them, watch them, and wait.
 
     Args:
         facts: the resolved launch file.
         run: the run directory, which gets the workers' logs.
-        hang_timeout: seconds without progress after which the job is ended; 0: never.
+        asked: what the command line says.
         arguments: arguments of `peftkit` in each worker.
 
     Returns:
@@ -215,12 +236,13 @@ def launch(facts: dict[str, Any], run: Run, hang_timeout: float, arguments: Sequ
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = Path(folder) / "launch.yaml"
         file.write_text(yaml.safe_dump(facts), encoding="utf-8")
-        environment = os.environ | {WORKER_MARK: "1", JOB_DIR: folder} | _interface(facts)
+        marks = {WORKER_MARK: "1", JOB_DIR: folder, OPTIONS: shlex.join(asked.options)}
+        environment = os.environ | marks | _interface(facts)
         command = launch_command(file, Path(folder) / OUTCOME_FILE, arguments)
         # A session of its own: Ctrl-C at the terminal reaches the workers once, through here.
         others = {process.pid for process in descendants()}
         process = subprocess.Popen(command, env=environment, start_new_session=True)
-        job = Job(process, Path(folder), run, hang_timeout, others)
+        job = Job(process, Path(folder), run, asked.hang_timeout, others)
         with handing_on(job):
             try:
                 return job.wait()

@@ -35,7 +35,7 @@ from peftkit.engine.survey import Survey, survey
 from peftkit.engine.trainer import Trainer
 from peftkit.environment import begin, environment, refuse_drift
 from peftkit.errors import PeftkitError, Stopped
-from peftkit.launch import worker_arguments, worker_sharding
+from peftkit.launch import launch_options, worker_arguments, worker_sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, newest_unfinished, remove_leftovers, write_text
@@ -71,7 +71,7 @@ def train(
     with explained(), lock(run, reporter.note, force=force) if facts else contextlib.nullcontext():
         forced = begin(run, found.plan, facts, resume=resume, force=force) if facts else []
         elsewhere = stops_at_once("outside of training, where there is nothing to save")
-        with _recorded(run, loaded, found.plan), explained(), explain_training_memory(loaded, found), elsewhere:
+        with _recorded(run, loaded), explained(), explain_training_memory(loaded, found), elsewhere:
             if facts:
                 _begin(run, found, reporter, forced)
             _announce(reporter, run, found)
@@ -96,14 +96,13 @@ def _begin(run: Run, found: Survey, reporter: console.LineReporter, forced: list
 
 
 @contextlib.contextmanager
-def _recorded(run: Run, loaded: LoadedRecipe, plan: Plan) -> Iterator[None]:
+def _recorded(run: Run, loaded: LoadedRecipe) -> Iterator[None]:
     """Write down why a run ends; a run that is stopped is told how it goes on."""
     try:
         yield
     except Stopped as error:
         arguments = worker_arguments(loaded, run.dir, resume=True, as_json=False)
-        processes = ["--processes", str(plan.hardware.num_processes)] if plan.hardware.num_processes > 1 else []
-        told = Stopped(f"{error}. To go on:\n  {shlex.join(['peftkit', *arguments, *processes])}", error.exit_code)
+        told = Stopped(f"{error}. To go on:\n  {shlex.join(['peftkit', *arguments, *launch_options()])}", error.exit_code)
         _record_failure(run, told)
         raise told from error
     except BaseException as error:

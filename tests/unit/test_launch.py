@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from peftkit.errors import RecipeError
 from peftkit.launch import (
     JOB_DIR,
+    OPTIONS,
     WORKER_MARK,
     Launch,
     is_worker,
     launch_command,
+    launch_options,
     report_exit,
     resolve,
     run_of_workers,
@@ -24,6 +27,7 @@ from peftkit.launch import (
     worker_run_dir,
 )
 from peftkit.launch_file import read_sharding
+from peftkit.machines import Machines
 from peftkit.run import Run
 from tests.unit.conftest import Load
 
@@ -129,3 +133,13 @@ def test_a_folder_that_holds_more_than_logs_is_refused_before_workers_start(
     with pytest.raises(RecipeError, match="is not empty"):
         run_of_workers(CPU, load(recipe), tmp_path / "run", False)
     assert run_of_workers(CPU | {"machine_rank": 1}, load(recipe), tmp_path / "run", False).dir == tmp_path / "run"
+
+
+def test_workers_know_the_options_that_their_job_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Launch(2, Path("my configs/fsdp2.yaml"), machines=Machines(2, 1, "10.0.0.1"))
+    stated = ["--processes", "2", "--launch", "my configs/fsdp2.yaml", "--num-machines", "2", "--machine-rank", "1"]
+    assert asked.options == [*stated, "--main-process-ip", "10.0.0.1"]
+    monkeypatch.setenv(OPTIONS, shlex.join(asked.options))
+    assert launch_options() == []
+    monkeypatch.setenv(WORKER_MARK, "1")
+    assert launch_options() == asked.options

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peftkit import supervise
-from peftkit.launch import JOB_DIR, launch
+from peftkit.launch import JOB_DIR, Launch, launch
 from peftkit.run import Run
 from peftkit.supervise import JobError
 from peftkit.worker import is_lost_peer
@@ -40,7 +40,7 @@ def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ends:
 
     def run(script: str, hang_timeout: float = 0.0) -> int:
         monkeypatch.setattr("peftkit.launch.launch_command", lambda *arguments: [sys.executable, "-c", HEAD + script])
-        return launch(ONE_MACHINE, Run(tmp_path / "run"), hang_timeout, [])
+        return launch(ONE_MACHINE, Run(tmp_path / "run"), Launch(2, hang_timeout=hang_timeout), [])
 
     return run
 
