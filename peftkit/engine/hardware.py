@@ -65,11 +65,6 @@ def process_device() -> torch.device:
     return device
 
 
-# Accelerators of launched runs, with the models that they wrapped: freeing DDP's reducer while holding the GIL can wait for
-# ever for gloo's thread, which waits for the GIL (seen with torch 2.13). The command line ends such a process without freeing.
-_KEPT: list[Accelerator] = []
-
-
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     """How the launch file shares weights out by FSDP2; None where it does not.
 
@@ -101,8 +96,6 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     if plugin is not None and os.environ.get(FSDP_ON_CPU) == "1":
         # accelerate (1.15) takes FSDP on a CPU for DDP, though FSDP2 works there: so that it can be tested without GPUs
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
-    if accelerator.num_processes > 1:
-        _KEPT.append(accelerator)
     if trackers:
         accelerator.init_trackers(
             plan.recipe.name or "peftkit", config={"recipe": run.resolved_path.read_text(encoding="utf-8")}

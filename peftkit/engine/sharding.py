@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from peftkit.engine.step import Step
 
 
+# What launched runs have wrapped: freeing DDP's reducer while holding the GIL can wait for ever for gloo's thread, which waits
+# for the GIL (seen with torch 2.13). The command line ends such a process without freeing.
+_KEPT: list[Any] = []
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A step and its optimizer as accelerate has wrapped them.
@@ -61,6 +66,8 @@ def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.o
         step.kept_whole = kept
         accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(kept)] if kept else None
     wrapped, prepared = accelerator.prepare(step, optimizer)
+    if torch.distributed.is_initialized():
+        _KEPT.extend([accelerator, wrapped])
     if zero or isinstance(wrapped, FSDPModule):
         step.model.sharded_by = (wrapped,)  # type: ignore[assignment]  # in a tuple: it is no part of the model
     if zero:
