@@ -36,6 +36,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 Base = Annotated[str | None, typer.Option("--base", help="Base model, where the one that the adapter names cannot be found.")]
 Adapter = Annotated[Path, typer.Option("--adapter", help="Run directory, or any PEFT adapter folder.")]
 
+Locked = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Refuse other packages, models or rows than this run (or its environment.json) has."),
+]
+Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although recipe, rows, model or host have changed.")]
+HangTimeout = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="End processes that make no progress for so long; 0: never.")
+]
+NumMachines = Annotated[int | None, typer.Option(min=1, help="Train on so many machines; default: the scheduler's.")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -149,19 +159,10 @@ def train(  # noqa: PLR0913, PLR0917 - one parameter per option
     ] = False,
     processes: Annotated[int | None, typer.Option(help="Train with so many processes on each machine.")] = None,
     launch: Annotated[Path | None, typer.Option(help="Train as this accelerate launch file says.")] = None,
-    locked: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Refuse other packages, models or rows than this run (or its environment.json) has."),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="With --resume: go on although recipe, rows, model or host have changed.")
-    ] = False,
-    hang_timeout: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="End processes that make no progress for so long; 0: never.")
-    ] = 1800.0,
-    num_machines: Annotated[
-        int | None, typer.Option(min=1, help="Train on so many machines; default: the scheduler's.")
-    ] = None,
+    locked: Locked = None,
+    force: Force = False,
+    hang_timeout: HangTimeout = 1800.0,
+    num_machines: NumMachines = None,
     machine_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
     main_process_ip: Annotated[str | None, typer.Option(help="Address of the machine of rank 0.")] = None,
     main_process_port: Annotated[int | None, typer.Option(help="Port of the machine of rank 0.")] = None,
@@ -362,7 +363,7 @@ def _fail(title: str, text: str, code: int, *, lost_peer: bool = False) -> None:
 
 
 def _leave(code: int, message: str = "", *, lost_peer: bool = False) -> None:
-    """End this process; a launched worker tells its launcher, and frees nothing, see `peftkit.engine.hardware`."""
+    """End this process; a launched worker tells its launcher, and frees nothing, see `peftkit.engine.sharding`."""
     if "peftkit.launch" in sys.modules:
         from peftkit import console
         from peftkit.launch import is_worker, report_exit

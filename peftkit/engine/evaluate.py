@@ -37,18 +37,12 @@ def score_examples(
         call: what to call in its place, where it is wrapped.
         on_batch: told how many rows are done.
     """
-    world, rank = 1, 0
-    if torch.distributed.is_initialized():
-        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    mine = sorted(range(rank, len(examples), world), key=lambda index: examples[index].length)
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    if sharded := is_sharded(step.model):  # layers are gathered by all processes together: as many passes in each of them
-        batches += [[]] * (math.ceil(math.ceil(len(examples) / world) / batch_size) - len(batches))
+    world, batches = _own_batches(step, examples, batch_size)
     was_training = step.training
     step.eval()
     results = []
     # FSDP2 keeps what it gathers: in inference mode, training could not use it afterwards.
-    with torch.no_grad() if sharded else torch.inference_mode():
+    with torch.no_grad() if is_sharded(step.model) else torch.inference_mode():
         for indices in batches:
             chosen = [examples[index] for index in indices] or [examples[0]]
             batch = {name: tensor.to(device) for name, tensor in step.runtime.collate(chosen).items()}
@@ -60,6 +54,21 @@ def score_examples(
             on_batch(len(indices))
     step.train(was_training)
     return sorted(gather_object(results) if world > 1 else results, key=lambda result: result["index"])
+
+
+def _own_batches(step: Step, examples: Sequence[Example], batch_size: int) -> tuple[int, list[list[int]]]:
+    """How many processes there are, and the places of this one's rows, by length and in batches.
+
+    Where layers are gathered by all processes together, each of them has as many batches, some perhaps empty.
+    """
+    world, rank = 1, 0
+    if torch.distributed.is_initialized():
+        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    mine = sorted(range(rank, len(examples), world), key=lambda index: examples[index].length)
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    if is_sharded(step.model):
+        batches += [[]] * (math.ceil(math.ceil(len(examples) / world) / batch_size) - len(batches))
+    return world, batches
 
 
 def scores_of(step: Step, outputs: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from peftkit.engine.checkpoint import rng_state, set_rng_state
 from peftkit.engine.guard import NoMemoryError, is_out_of_memory, reclaim
@@ -93,7 +94,7 @@ def _fits(trainer: Trainer, chunk: list[Example], found: LargestPass) -> bool:
     """Whether every process has memory for its share of a pass; gradients are gone afterwards, all else is as before."""
     fits = True
     try:
-        with _unchanged(trainer.model), _optimizer_state(trainer):
+        with _unchanged(trainer.model), _unchanged_method(trainer), _optimizer_state(trainer):
             if found.count > 1:  # as earlier passes of the step leave them
                 for parameter in trainer.trained:
                     parameter.grad = torch.zeros_like(parameter)
@@ -124,7 +125,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     random = rng_state()
     kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     buffers = [buffer for buffer in model.buffers() if buffer.numel() * buffer.element_size() <= _COPIED_BYTES]
-    copies = [buffer.clone() for buffer in buffers]
+    copies = [buffer.detach().clone() for buffer in buffers]
     try:
         yield
     finally:
@@ -133,9 +134,26 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             vars(module).update(state)
             module._buffers.clear()
             module._buffers.update(own_buffers)
-        for buffer, copy in zip(buffers, copies, strict=True):
-            buffer.copy_(copy)
+        with torch.no_grad():  # some buffers are leaves that gradients flow to (MonteCLoRA)
+            for buffer, copy in zip(buffers, copies, strict=True):
+                buffer.copy_(copy)
         set_rng_state(random)
+
+
+@contextlib.contextmanager
+def _unchanged_method(trainer: Trainer) -> Iterator[None]:
+    """A pass that leaves what a method keeps beside its tensors as it was, such as samples that are drawn and not yet used."""
+    own = trainer.parts.get("adapter")
+    state = tree_map(_copied, own.state_dict()) if own is not None else None
+    try:
+        yield
+    finally:
+        if own is not None:
+            own.load_state_dict(state)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ class Step(nn.Module):
 
         With a head, outputs are hidden states (B, T, D).
         """
+        if self.precision == "no":  # as whoever calls has set autocast
+            return self._forward(batch, outputs_only)
         with autocast(batch["labels"].device.type, self.precision):
             return self._forward(batch, outputs_only)
 
