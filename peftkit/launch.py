@@ -19,13 +19,13 @@ import yaml
 from peftkit.errors import RecipeError
 from peftkit.launch_file import (
     Sharding,
-    check_fsdp_version,
     check_launch,
     check_sharded,
     fsdp_names,
     fsdp_sharding,
     read_launch_file,
     resolved_launch_file,
+    with_fsdp_settled,
     zero_of_file,
     zero_sharding,
 )
@@ -33,12 +33,14 @@ from peftkit.machines import Machines, find_machines, interface_to
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.sharded import why_not_sharded
 from peftkit.run import Run, newest_unfinished, write_json
-from peftkit.supervise import OUTCOME_FILE, Job, descendants, handing_on
+from peftkit.stop import handled
+from peftkit.supervise import OUTCOME_FILE, Job, descendants
 from peftkit.worker import adopt_orphans, begin, exit_path
 
 WORKER_MARK = "PEFTKIT_WORKER"
 OPTIONS = "PEFTKIT_LAUNCH_OPTIONS"  # with which the job was started
 JOB_DIR = "PEFTKIT_JOB_DIR"  # the folder that launcher and workers share on a machine
+FSDP_ON_CPU = "PEFTKIT_FSDP_ON_CPU"  # "1": FSDP2 on CPUs, for tests
 
 
 def refuse_unshardable(loaded: LoadedRecipe, sharding: Sharding) -> None:
@@ -51,15 +53,20 @@ def refuse_unshardable(loaded: LoadedRecipe, sharding: Sharding) -> None:
         raise RecipeError(problems)
 
 
+def started_with(kind: str) -> bool:
+    """Whether accelerate's launcher has started this process with `FSDP` or `DEEPSPEED`."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"
+
+
 def worker_sharding(processes: int) -> Sharding:
     """How this process, which accelerate's launcher started, shares with the others."""
     facts = os.environ
-    if facts.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if started_with("FSDP"):
         names = fsdp_names(facts.get("FSDP_VERSION", "1"))
         stated = [facts.get(name.upper(), "") for name in names]  # the launcher sets both, and "None" where nothing was said
         whole = next((text for text in stated if text.lower() not in ("", "none")), "true")
         return fsdp_sharding(processes, whole, facts.get("FSDP_OFFLOAD_PARAMS", "false"))
-    if facts.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if started_with("DEEPSPEED"):
         if (file := facts.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
             return zero_of_file(processes, file)
         away = [facts.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") or "none" for what in ("OPTIMIZER", "PARAM")]
@@ -208,8 +215,8 @@ def resolve(asked: Launch, mixed_precision: str) -> dict[str, Any]:
     check_launch(asked.processes, asked.config)
     facts = read_launch_file(asked.config) if asked.config is not None else {}
     kind = str(facts.get("distributed_type")).upper()
-    check_fsdp_version(facts)
-    check_sharded(kind, has_gpu=_has_gpu() or os.environ.get("PEFTKIT_FSDP_ON_CPU") == "1")
+    facts = with_fsdp_settled(facts)
+    check_sharded(kind, has_gpu=_has_gpu() or os.environ.get(FSDP_ON_CPU) == "1")
     machines = find_machines(asked.machines, facts, os.environ)
     has_gpu = _has_gpu() and not facts.get("use_cpu")
     return resolved_launch_file(facts, asked.processes, machines, mixed_precision, has_gpu=has_gpu)
@@ -243,7 +250,7 @@ def launch(facts: dict[str, Any], run: Run, asked: Launch, arguments: Sequence[s
         others = {process.pid for process in descendants()}
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         job = Job(process, Path(folder), run, asked.hang_timeout, others)
-        with handing_on(job):
+        with handled(job.hand_on):
             try:
                 return job.wait()
             finally:

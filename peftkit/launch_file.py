@@ -16,6 +16,12 @@ from peftkit.machines import Machines
 
 DISTRIBUTED_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 
+_NOT_OF_FSDP = {
+    "fsdp_cpu_ram_efficient_loading": "true is not supported: every process reads the weights, to prove its shorter ways on "
+    "them; use false",
+    "fsdp_activation_checkpointing": "the recipe decides: `training.gradient_checkpointing: true`",
+}
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -150,7 +156,6 @@ def resolved_launch_file(
         "dynamo_backend": "NO",
         "same_network": True,  # torchrun's static rendezvous: the first machine's address and port are all that it needs
         **facts,
-        **({"fsdp_config": _fsdp_config(facts)} if kind == "FSDP" else {}),
         "distributed_type": kind,
         "use_cpu": not has_gpu,
         "num_processes": count,
@@ -162,34 +167,27 @@ def resolved_launch_file(
     }
 
 
-def _fsdp_config(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The section of FSDP with what accelerate would take otherwise where nothing is stated."""
-    stated = dict(facts.get("fsdp_config") or {})
-    if str(stated.get("fsdp_cpu_ram_efficient_loading", "false")).lower() == "true":
-        raise RecipeError(
-            "--launch: fsdp_config.fsdp_cpu_ram_efficient_loading: true is not supported: every process reads the weights, to "
-            "prove its shorter ways on them; use false"
-        )
-    if str(stated.get("fsdp_activation_checkpointing", "false")).lower() == "true":
-        raise RecipeError(
-            "--launch: fsdp_config.fsdp_activation_checkpointing: the recipe decides: `training.gradient_checkpointing: true`"
-        )
-    usual = {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True}
-    return usual | stated | {"fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False}
-
-
-def check_fsdp_version(facts: Mapping[str, Any]) -> None:
-    """Refuse FSDP1: it flattens what it shares out, and saves none of it by name; FSDP2 is in every torch that we take.
+def with_fsdp_settled(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A launch file with what accelerate would take otherwise for FSDP where nothing is stated; others as they are.
 
     Raises:
-        RecipeError: the file asks for it.
+        RecipeError: it asks for FSDP1, which flattens what it shares out and saves none of it by name (FSDP2 is in every torch
+            that we take), or for what peftkit does itself.
     """
-    version = (facts.get("fsdp_config") or {}).get("fsdp_version", 1)
-    if str(facts.get("distributed_type")).upper() == "FSDP" and str(version) != "2":
+    if str(facts.get("distributed_type")).upper() != "FSDP":
+        return dict(facts)
+    stated = dict(facts.get("fsdp_config") or {})
+    version = stated.get("fsdp_version", 1)
+    if str(version) != "2":
         raise RecipeError(
             f"--launch: fsdp_config.fsdp_version: {version} is not supported; use 2, as configs/fsdp2.yaml does "
             "(`accelerate to-fsdp2` rewrites a file)"
         )
+    for key, why in _NOT_OF_FSDP.items():
+        if str(stated.get(key, "false")).lower() == "true":
+            raise RecipeError(f"--launch: fsdp_config.{key}: {why}")
+    usual = {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True}
+    return {**facts, "fsdp_config": usual | stated | dict.fromkeys(_NOT_OF_FSDP, False)}
 
 
 def check_sharded(kind: str, *, has_gpu: bool) -> None:
