@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -40,13 +40,8 @@ class Machines:
 
     def or_else(self, other: Machines) -> Machines:
         """What this says, and for the rest what the other says."""
-        return Machines(
-            *(mine if mine is not None else theirs for mine, theirs in zip(_values(self), _values(other), strict=True))
-        )
-
-
-def _values(machines: Machines) -> tuple[Any, ...]:
-    return machines.count, machines.rank, machines.main_ip, machines.main_port
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Machines(*(mine if mine is not None else theirs for mine, theirs in pairs))
 
 
 def find_machines(stated: Machines, facts: Mapping[str, Any], environment: Mapping[str, str]) -> Machines:
@@ -77,7 +72,7 @@ def _refuse_options_of_several(stated: Machines) -> None:
 
 
 def _checked(machines: Machines) -> Machines:
-    count, rank, main_ip, port = _values(machines)
+    count, rank, main_ip, port = astuple(machines)
     if not isinstance(count, int) or count < 1:
         raise RecipeError(f"--num-machines: {count} is not allowed; it takes a whole number above 0")
     if not isinstance(rank, int) or not 0 <= rank < count:

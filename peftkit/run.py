@@ -12,13 +12,13 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import LoadError, RecipeError, ResourceError
-from peftkit.plan import Plan
+from peftkit.plan import MICRO_BATCH, Plan
 from peftkit.recipe import LoadedRecipe, Recipe
 from peftkit.recipe.yaml_file import read_yaml
 from peftkit.resolved import resolved_yaml
@@ -178,7 +178,7 @@ class Run:
         Raises:
             RecipeError: there is none, it has ended, or its recipe is another one and that is not forced.
         """
-        run = cls(output) if output is not None else newest_unfinished(plan.recipe)
+        run = run_to_continue(plan.recipe, output)
         if run is None or not run.resolved_path.is_file():
             where = output or f"{plan.recipe.output.dir}/{plan.recipe.name}-*"
             raise RecipeError(f"--resume: {where} is no run to continue; leave --resume out to start one")
@@ -194,12 +194,18 @@ class Run:
 
         `training.micro_batch_size: auto` is decided anew for every machine and number of processes: the result is the same.
         """
-        old, key = self.resolved_path.read_text(encoding="utf-8"), "training.micro_batch_size"
-        if key in self.read_environment().get("decided", {}) and any(choice.key == key for choice in plan.choices):
-            training = read_yaml(self.resolved_path)[0]["training"]
-            plan = dataclasses.replace(plan, micro_batch_size=training["micro_batch_size"])
+        old, size = self.resolved_path.read_text(encoding="utf-8"), self.decided_micro_batch()
+        if size is not None and plan.decides(MICRO_BATCH):
+            plan = dataclasses.replace(plan, micro_batch_size=size)
         new = resolved_yaml(plan)
         return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "the run", "this recipe", lineterm="", n=0))
+
+    def decided_micro_batch(self) -> int | None:
+        """What `training.micro_batch_size: auto` became; None where the run's recipe had a number, or there is no run yet."""
+        if not self.resolved_path.is_file() or MICRO_BATCH not in self.read_environment().get("decided", {}):
+            return None
+        size: int = read_yaml(self.resolved_path)[0]["training"]["micro_batch_size"]
+        return size
 
     @property
     def recipe_path(self) -> Path:
@@ -278,11 +284,11 @@ class Run:
         facts: dict[str, Any] = json.loads(self.environment_path.read_text(encoding="utf-8"))
         return facts
 
-    def record_once(self, name: str, fact: Any) -> None:
-        """Add a fact to environment.json, where a run that goes on has not got it yet."""
+    def record_once(self, name: str, find: Callable[[], Any]) -> None:
+        """Add a fact to environment.json, where a run that goes on has not got it yet; only then it is found out."""
         known = self.read_environment()
         if name not in known:
-            write_json(self.environment_path, known | {name: fact})
+            write_json(self.environment_path, known | {name: find()})
 
     @property
     def identity(self) -> dict[str, str]:
@@ -354,6 +360,11 @@ class Run:
 def _first_free(base: Path) -> Path:
     candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 100))]
     return next(path for path in candidates if not path.exists())
+
+
+def run_to_continue(recipe: Recipe, output: Path | None) -> Run | None:
+    """The run that `--resume` means: the one named, or the newest that has not ended."""
+    return Run(output) if output is not None else newest_unfinished(recipe)
 
 
 def newest_unfinished(recipe: Recipe) -> Run | None:

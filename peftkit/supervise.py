@@ -7,13 +7,13 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from peftkit.cgroups import control_groups
 from peftkit.errors import PeftkitError
 from peftkit.run import Run
 
@@ -22,7 +22,6 @@ OUTCOME_FILE = "outcome.json"
 STOPPED_SECONDS = 20.0  # a debugger or a suspended machine stops processes for moments
 GRACE_SECONDS = 30.0  # for workers whose launcher is gone: they have SIGTERM and write a checkpoint
 _STUCK = {psutil.STATUS_STOPPED: "stopped (state T)", psutil.STATUS_ZOMBIE: "a zombie (state Z)"}
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class JobError(PeftkitError):
@@ -35,12 +34,10 @@ class JobError(PeftkitError):
 
 def oom_kills() -> int:
     """How many processes of this control group (version 2) the kernel has ended because memory ran out; 0 where unknown."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::"))
-        for folder in (_CGROUP / own, _CGROUP):
-            if (folder / "memory.events").is_file():
-                events = dict(line.split() for line in (folder / "memory.events").read_text().splitlines())
+    with contextlib.suppress(OSError):
+        for path in (folder / "memory.events" for folder in control_groups()):
+            if path.is_file():
+                events = dict(line.split() for line in path.read_text().splitlines())
                 return int(events.get("oom_kill", 0))
     return 0
 
@@ -215,18 +212,6 @@ class Job:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
             return f". The last lines of {path}:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
         return ""
-
-
-@contextlib.contextmanager
-def handing_on(job: Job) -> Iterator[None]:
-    """Signals of schedulers and terminals go to the workers while the block runs."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    old = {number: signal.signal(number, job.hand_on) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def descendants() -> list[psutil.Process]:

@@ -26,6 +26,7 @@ ORDER = (
     "exports",
     "recipe",
     "plan",
+    "cgroups",
     "resolved",
     "run",
     "environment",

@@ -18,7 +18,7 @@ from peftkit.engine.data import Data
 from peftkit.engine.digest import weights_digest
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.exhausted import explain_training_memory
-from peftkit.engine.facts import facts_of, write_model_card
+from peftkit.engine.facts import AdapterFacts, facts_of, write_model_card
 from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, training_memory_text
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
@@ -38,7 +38,7 @@ from peftkit.errors import PeftkitError, Stopped
 from peftkit.launch import launch_options, worker_arguments, worker_sharding
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
-from peftkit.run import Run, newest_unfinished, remove_leftovers, write_text
+from peftkit.run import Run, remove_leftovers, run_to_continue, write_text
 from peftkit.stop import stops_at_once
 from peftkit.tasks.example import Example, Runtime
 
@@ -59,7 +59,7 @@ def train(
         locked: a run whose packages, model and rows must be those of now.
     """
     with console.progress(None, "reading rows", speaks=process_index() == 0) as advance:
-        before = _run_to_continue(loaded, output) if resume else None
+        before = run_to_continue(loaded.recipe, output) if resume else None  # its chat template's day: the same tokens
         found = survey(loaded, date=before.template_date if before else None, on_row=lambda: advance(1))
     found = settle_micro_batch(found, worker_sharding(found.plan.hardware.num_processes), before)
     facts = environment_of(found) if process_index() == 0 else {}
@@ -108,11 +108,6 @@ def _recorded(run: Run, loaded: LoadedRecipe) -> Iterator[None]:
     except BaseException as error:
         _record_failure(run, error)
         raise
-
-
-def _run_to_continue(loaded: LoadedRecipe, output: Path | None) -> Run | None:
-    """The run that goes on, whose day the chat template writes: on another day it sees the same tokens."""
-    return Run(output) if output is not None else newest_unfinished(loaded.recipe)
 
 
 def _announce(reporter: console.LineReporter, run: Run, found: Survey) -> None:
@@ -215,7 +210,7 @@ def build_trainer(run: Run, found: Survey, reporter: Reporter) -> tuple[Trainer,
         data.train.on_dropped = run.append_data_report
         reporter.note(f"note: rows that are left out while training are in {run.data_report_path.name}")
     if accelerator.is_main_process:
-        run.record_once("initial_weights", weights_digest(trainable_state(model)))
+        run.record_once("initial_weights", lambda: weights_digest(trainable_state(model)))
     return Trainer(plan, model, runtime, data, run, accelerator, reporter), untrained
 
 
@@ -233,10 +228,14 @@ def _save(found: Survey, trainer: Trainer, untrained: Any) -> list[torch.Tensor]
         reference = reference_logits(model, trainer.runtime, _proof_rows(data), plan.mixed_precision, forward=forward)
     with whole(model, model.saved_names, holds=writes):  # type: ignore[arg-type]
         if writes:
-            facts = facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
-            save_adapter(trainer.run.adapter_dir, model, found.tokenizer, facts, untrained, data.renderings)
+            save_adapter(trainer.run.adapter_dir, model, found.tokenizer, _facts(found), untrained, data.renderings)
     release(model, trainer.optimizer.optimizer)
     return reference
+
+
+def _facts(found: Survey) -> AdapterFacts:
+    plan, data = found.plan, found.data
+    return facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
 
 
 def _proof_rows(data: Data) -> Sequence[Example]:
@@ -245,9 +244,8 @@ def _proof_rows(data: Data) -> Sequence[Example]:
 
 def _certify(found: Survey, trainer: Trainer, reference: list[torch.Tensor], metrics: dict[str, Any]) -> dict[str, Any]:
     """Prove the adapter folder; returns its certificate."""
-    plan, data, folder = found.plan, found.data, trainer.run.adapter_dir
-    facts = facts_of(plan, base_of(plan).path, data.encoding, data.formats[0])
-    certificate = certify(folder, reference, facts, trainer.runtime, _proof_rows(data))
+    folder, facts = trainer.run.adapter_dir, _facts(found)
+    certificate = certify(folder, reference, facts, trainer.runtime, _proof_rows(found.data))
     write_model_card(folder, facts, metrics, certificate)
     return certificate
 

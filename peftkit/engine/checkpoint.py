@@ -147,7 +147,7 @@ def find_checkpoint(run: Run, note: Callable[[str], None], *, needs_best: bool) 
         LoadError: there are checkpoints, and none of them is sound.
     """
     found: list[Any] = [None, ""]
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if process_index() == 0:
         found = [*_newest_sound(run, note, needs_best)]
     if torch.distributed.is_initialized():
         broadcast_object_list(found)

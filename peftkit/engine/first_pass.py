@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.state import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from peftkit.engine.checkpoint import rng_state, set_rng_state
 from peftkit.engine.guard import NoMemoryError, is_out_of_memory, reclaim
 from peftkit.engine.hardware import WHOLE_MODELS
 from peftkit.engine.largest import LargestPass, find_largest_pass
+from peftkit.engine.sharding import own_part
 from peftkit.engine.stored import state_bytes
 from peftkit.plan import with_micro_batch
 from peftkit.resolved import resolved_yaml
@@ -166,7 +166,7 @@ def _optimizer_state(trainer: Trainer) -> Iterator[None]:
     if device.type != "cuda" or trainer.optimizer.state:
         yield
         return
-    own = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trainer.trained]
+    own = map(own_part, trainer.trained)
     size = sum(state_bytes(optim, part.shape, part.element_size(), device.type) for part in own)
     held = [torch.empty(size, dtype=torch.uint8, device=device)]
     try:

@@ -19,11 +19,10 @@ from accelerate import (
 from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from peftkit.launch import is_worker
+from peftkit.launch import FSDP_ON_CPU, is_worker, started_with
 from peftkit.plan import Hardware, Plan
 from peftkit.run import Run
 
-FSDP_ON_CPU = "PEFTKIT_FSDP_ON_CPU"  # "1": FSDP2 on CPUs, for tests
 # Ways to train where each process has a model and an optimizer of its own: alone, and by DDP.
 WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -70,7 +69,7 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
 
     Every tensor keeps its dtype and gradients are summed in float32: autocast does what `mixed_precision` asks for.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not started_with("FSDP"):
         return None
     return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
 
@@ -81,7 +80,7 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     # The precision of a process's first Accelerator would hold for all later ones (accelerate 1.15).
     AcceleratorState._reset_state()
     unused = plan.method.skips_parameters(plan.recipe.adapter)
-    plugin, zero = _fsdp_plugin(), os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    plugin, zero = _fsdp_plugin(), started_with("DEEPSPEED")
     # Others wait while rank 0 certifies; a launched job that hangs is ended by its launcher, long before this.
     waiting = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if is_worker() else []
     accelerator = Accelerator(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil  # type: ignore[import-untyped]
 
+from peftkit.cgroups import control_groups
 from peftkit.engine.fit import CONTEXT_BYTES, HOLES
 from peftkit.engine.hardware import local_processes
 from peftkit.plan import Hardware
 
 # Of memory that is no GPU's: predictions for the CPU are within a tenth or so of what is measured (docs/memory.md).
 _SAFE_SHARE = 0.9
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def memory_of_process(hardware: Hardware) -> int:
@@ -32,15 +30,13 @@ def usable_bytes(hardware: Hardware) -> int:
 
 
 def _of_cgroup() -> list[int]:
-    """The limits of the control groups around this process (cgroup v2, `memory.max`; Linux)."""
+    """The limits of the control groups around this process (`memory.max`)."""
     try:
-        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        folder = _CGROUPS / own.lstrip("/")
-        found = [part / "memory.max" for part in (folder, *folder.parents) if part.is_relative_to(_CGROUPS)]
-        texts = [path.read_text().strip() for path in found if path.is_file()]
-        return [int(text) for text in texts if text.isdigit()]
-    except (OSError, StopIteration):
+        paths = [folder / "memory.max" for folder in control_groups()]
+        texts = [path.read_text().strip() for path in paths if path.is_file()]
+    except OSError:
         return []
+    return [int(text) for text in texts if text.isdigit()]
 
 
 def _of_address_space() -> list[int]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
-
-import yaml
 
 from peftkit.engine.largest import find_largest_pass
 from peftkit.engine.limits import usable_bytes
@@ -56,14 +53,8 @@ def settle_micro_batch(found: Survey, sharding: Sharding, before: Run | None = N
 
 def kept_micro_batch(run: Run, plan: Plan) -> int | None:
     """What auto became in a run on a machine like this one; None where it is another, or the run's recipe had a number."""
-    if not run.environment_path.is_file() or not run.resolved_path.is_file():
-        return None
-    facts = json.loads(run.environment_path.read_text(encoding="utf-8"))
-    here = (plan.hardware.device_name, plan.hardware.num_processes)
-    if MICRO_BATCH not in facts.get("decided", []) or (facts["device"], facts["num_processes"]) != here:
-        return None
-    size: int = yaml.safe_load(run.resolved_path.read_text(encoding="utf-8"))["training"]["micro_batch_size"]
-    return size
+    facts, here = run.read_environment(), (plan.hardware.device_name, plan.hardware.num_processes)
+    return run.decided_micro_batch() if (facts.get("device"), facts.get("num_processes")) == here else None
 
 
 def _with(found: Survey, size: int, reason: str) -> Survey:

@@ -21,9 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from peftkit.engine import zero
 from peftkit.engine.hooks import hook
-from peftkit.engine.zero import ZeroState, gathered_parameters, is_divided, settle
-from peftkit.engine.zero import assign as assign_divided
 from peftkit.plan import Plan
 from peftkit.recipe.sharded import ELEMENTWISE
 
@@ -55,10 +54,11 @@ class Prepared:
 
 def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.optim.Optimizer) -> Prepared:
     """Wrap a step for the processes of a run, and let its model know by what its weights are shared out, if they are."""
-    zero = accelerator.distributed_type == DistributedType.DEEPSPEED
-    parameters, groups = [part for group in optimizer.param_groups for part in group["params"]], optimizer.state_dict()
-    if zero:
-        settle(accelerator, plan, step)
+    by_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if by_zero:  # which puts parts in the place of the optimizer's parameters
+        parameters = [part for group in optimizer.param_groups for part in group["params"]]
+        groups = optimizer.state_dict()["param_groups"]
+        zero.settle(accelerator, plan, step)
     elif accelerator.distributed_type == DistributedType.FSDP:
         kept = kept_whole(plan, step.model, step._no_split_modules)
         for parameter in kept:
@@ -68,10 +68,10 @@ def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.o
     wrapped, prepared = accelerator.prepare(step, optimizer)
     if torch.distributed.is_initialized():
         _KEPT.extend([accelerator, wrapped])
-    if zero or isinstance(wrapped, FSDPModule):
+    if by_zero or isinstance(wrapped, FSDPModule):
         step.model.sharded_by = (wrapped,)  # type: ignore[assignment]  # in a tuple: it is no part of the model
-    if zero:
-        state = ZeroState(prepared.optimizer, parameters, groups["param_groups"])
+    if by_zero:
+        state = zero.ZeroState(prepared.optimizer, parameters, groups)
         return Prepared(wrapped, prepared, state, prepared.optimizer.optimizer)
     return Prepared(wrapped, prepared, WholeState(prepared), prepared.optimizer)
 
@@ -129,23 +129,22 @@ def is_sharded(model: nn.Module) -> bool:
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
     """What this process holds of a parameter."""
-    if is_divided(parameter):
+    if zero.is_divided(parameter):
         return parameter.ds_tensor  # type: ignore[attr-defined]
     return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor or parameter with all its parts, which the processes hold; as it is where it is whole."""
-    if is_divided(tensor):
-        with gathered_parameters([tensor]):
-            return tensor.detach().clone()
+    if zero.is_divided(tensor):
+        return zero.gathered(tensor)
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def assign(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     """Give a parameter other values, of which every process has a copy."""
-    if hasattr(parameter, "_hp_mapping") or is_divided(parameter):
-        assign_divided(parameter, tensor)
+    if hasattr(parameter, "_hp_mapping") or zero.is_divided(parameter):
+        zero.assign(parameter, tensor)
     else:
         with torch.no_grad():
             parameter.copy_(dealt(tensor, parameter))
@@ -183,7 +182,7 @@ def whole(model: nn.Module, names: list[str], *, holds: bool) -> Iterator[None]:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = owner.get_parameter(leaf)
-        if isinstance(parameter, DTensor) or is_divided(parameter):
+        if isinstance(parameter, DTensor) or zero.is_divided(parameter):
             tensor = gathered(parameter)
             if holds:
                 parts.append((owner, leaf, parameter))

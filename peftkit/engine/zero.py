@@ -6,8 +6,6 @@ Only runs that a launch file starts with DeepSpeed import it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +39,12 @@ def is_divided(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "ds_id", None) is not None
 
 
-@contextlib.contextmanager
-def gathered_parameters(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Parameters that ZeRO 3 has divided, whole in every process for as long as the context lasts; changes are lost."""
-    divided = [parameter for parameter in parameters if is_divided(parameter)]
-    if not divided:
-        yield
-        return
+def gathered(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter that ZeRO 3 has divided, whole in every process."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(divided, modifier_rank=None):
-        yield
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+        return parameter.detach().clone()
 
 
 def assign(parameter: nn.Parameter, tensor: torch.Tensor) -> None:

@@ -140,7 +140,7 @@ def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     folder = tmp_path / own[0].lstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text("max\n")
-    monkeypatch.setattr("peftkit.engine.limits._CGROUPS", tmp_path)
+    monkeypatch.setattr("peftkit.cgroups.ROOT", tmp_path)
     cpu = Hardware("cpu", "the CPU", True, 2**40)
     assert memory_of_process(cpu) == 2**40
     (folder / "memory.max").write_text(f"{2**30}\n")

@@ -23,14 +23,20 @@ def wait_for(condition: Any, process: Any) -> None:
         time.sleep(0.01)
 
 
+def stopped_at(recipe: Path, run: Path, file: str, number: int) -> tuple[int, str]:
+    """Send a signal to a run once it has written a file; its exit code and what it says."""
+    process = peftkit_process("train", recipe, "--output", run)
+    wait_for((run / file).is_file, process)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    return process.returncode, message
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_after_a_checkpoint(models_dir: Path, tmp_path: Path, number: int, code: int) -> None:
     recipe, run = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, training=LONG), tmp_path / "run"
-    process = peftkit_process("train", recipe, "--output", run)
-    wait_for((run / "metrics.jsonl").is_file, process)
-    process.send_signal(number)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == code, message
+    code_found, message = stopped_at(recipe, run, "metrics.jsonl", number)
+    assert code_found == code, message
     step = lines_of(run)[-1]["step"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:06d}"]
     assert f"stopped by {signal.Signals(number).name} after step {step} of 2000, with a full checkpoint. To go on:" in message
@@ -39,11 +45,8 @@ def test_a_signal_ends_a_run_after_a_checkpoint(models_dir: Path, tmp_path: Path
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_before_the_first_step_ends_a_run_at_once(models_dir: Path, tmp_path: Path, number: int, code: int) -> None:
     recipe, run = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, training=LONG), tmp_path / "run"
-    process = peftkit_process("train", recipe, "--output", run)
-    wait_for((run / "status.json").is_file, process)
-    process.send_signal(number)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == code, message
+    code_found, message = stopped_at(recipe, run, "status.json", number)
+    assert code_found == code, message
     assert "where there is nothing to save. To go on:" in message
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"], (run / "metrics.jsonl").exists()) == ("stopped", code, False)

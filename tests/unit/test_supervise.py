@@ -86,7 +86,7 @@ def test_the_cause_of_a_failed_job_is_told(ends: Ends, script: str, code: int, w
 def test_a_worker_that_the_kernel_ended_for_its_memory_is_exhaustion(
     ends: Ends, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(supervise, "_CGROUP", tmp_path)
+    monkeypatch.setattr("peftkit.cgroups.ROOT", tmp_path)
     events = tmp_path / "memory.events"
     events.write_text("oom_kill 2\n")
     with pytest.raises(JobError, match=r"SIGKILL\): the kernel, when memory ran out") as failed:
@@ -95,7 +95,7 @@ def test_a_worker_that_the_kernel_ended_for_its_memory_is_exhaustion(
 
 
 def test_oom_kills_are_read_from_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "_CGROUP", tmp_path)
+    monkeypatch.setattr("peftkit.cgroups.ROOT", tmp_path)
     assert supervise.oom_kills() == 0
     (tmp_path / "memory.events").write_text("low 0\noom 4\noom_kill 3\n")
     assert supervise.oom_kills() == 3
