@@ -21,6 +21,7 @@ POLL_SECONDS = 0.2
 OUTCOME_FILE = "outcome.json"
 STOPPED_SECONDS = 20.0  # a debugger or a suspended machine stops processes for moments
 GRACE_SECONDS = 30.0  # for workers whose launcher is gone: they have SIGTERM and write a checkpoint
+STOPS = (75, 130)  # exit codes of a run that was asked to stop
 _STUCK = {psutil.STATUS_STOPPED: "stopped (state T)", psutil.STATUS_ZOMBIE: "a zombie (state Z)"}
 
 
@@ -175,25 +176,31 @@ class Job:
             raise JobError(f"the workers could not be started: {outcome['error']}")
         told = sorted(self.dir.glob("exit-*.json"), key=lambda path: path.stat().st_mtime_ns)
         reports = [report for report in map(_read, told) if report]
-        if causes := [report for report in reports if not report["lost_peer"]]:
+        failures = outcome.get("failures", {})
+        if causes := [report for report in reports if not self._is_consequence(report, failures)]:
             return self._told(causes)
         if self.heard:
             return 128 + self.heard[0]
-        for rank, code in outcome.get("failures", {}).items():
+        for rank, code in failures.items():
             if code < 0:
                 raise self._killed(int(rank), -code)
         if self.process.returncode < 0:
             raise JobError(f"the workers' launcher was ended by {_name(-self.process.returncode)}")
         if reports:
             raise JobError(f"rank {reports[0]['rank']}: {reports[0]['message']}")
-        first = next(iter(outcome.get("failures", {"?": self.process.returncode})))
+        first = next(iter(failures or {"?": self.process.returncode}))
         raise JobError(f"rank {first} ended without a word{self._last_lines(first)}")
+
+    def _is_consequence(self, report: dict[str, Any], failures: dict[str, int]) -> bool:
+        """Whether a worker ended only because another had: it lost its peer, or torchrun asked it to stop then."""
+        was_asked = report["code"] in STOPS and not self.heard and bool(failures) and str(report["rank"]) not in failures
+        return bool(report["lost_peer"]) or was_asked
 
     def _told(self, reports: list[dict[str, Any]]) -> int:
         """The exit code of the worker that failed first; what it says, unless it could say it at the terminal."""
         first = reports[0]
         code: int = first["code"]
-        if code in (75, 130) or any(report["at_terminal"] and report["code"] == code for report in reports):
+        if code in STOPS or any(report["at_terminal"] and report["code"] == code for report in reports):
             return code
         raise JobError(f"rank {first['rank']}: {first['message']}\nIts log: {self.run.worker_log_path(first['rank'])}", code)
 
