@@ -186,9 +186,10 @@ class Job:
                 raise self._killed(int(rank), -code)
         if self.process.returncode < 0:
             raise JobError(f"the workers' launcher was ended by {_name(-self.process.returncode)}")
-        if reports:
+        silent = set(failures) - {str(report["rank"]) for report in reports}
+        if reports and not silent:
             raise JobError(f"rank {reports[0]['rank']}: {reports[0]['message']}")
-        first = next(iter(failures or {"?": self.process.returncode}))
+        first = min(silent, default="?")
         raise JobError(f"rank {first} ended without a word{self._last_lines(first)}")
 
     def _is_consequence(self, report: dict[str, Any], failures: dict[str, int]) -> bool:
