@@ -1,0 +1,25 @@
+"""Options and arguments that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the recipe; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else there.")]
+Base = Annotated[str | None, typer.Option("--base", help="Base model, where the one that the adapter names cannot be found.")]
+Adapter = Annotated[Path, typer.Option("--adapter", help="Run directory, or any PEFT adapter folder.")]
+Locked = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Refuse other packages, models or rows than this run (or its environment.json) has."),
+]
+Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although recipe, rows, model or host have changed.")]
+HangTimeout = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="End processes that make no progress for so long; 0: never.")
+]
+NumMachines = Annotated[int | None, typer.Option(min=1, help="Train on so many machines; default: the scheduler's.")]

@@ -1,0 +1,31 @@
+"""Commands that look things up."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftkit.cli.options import AsJson
+
+
+def methods(name: Annotated[str | None, typer.Argument(help="One method.")] = None, as_json: AsJson = False) -> None:
+    """List the adapter methods, or the fields of one."""
+    from peftkit.commands import reference
+
+    reference.list_methods(name, as_json)
+
+
+def explain(key: Annotated[str, typer.Argument(help="A key, such as training.batch_size.")], as_json: AsJson = False) -> None:
+    """Explain one key of the recipe."""
+    from peftkit.commands import reference
+
+    reference.explain(key, as_json)
+
+
+def schema() -> None:
+    """Print the JSON Schema of the recipe, for editors."""
+    from peftkit import console
+    from peftkit.recipe.explain import json_schema
+
+    console.print_json(json_schema())
