@@ -20,6 +20,7 @@ from peftkit.errors import RecipeError
 from peftkit.launch_file import (
     Sharding,
     check_launch,
+    check_parallelism,
     check_sharded,
     fsdp_names,
     fsdp_sharding,
@@ -40,6 +41,7 @@ from peftkit.worker import adopt_orphans, begin, exit_path
 WORKER_MARK = "PEFTKIT_WORKER"
 OPTIONS = "PEFTKIT_LAUNCH_OPTIONS"  # with which the job was started
 JOB_DIR = "PEFTKIT_JOB_DIR"  # the folder that launcher and workers share on a machine
+DIVIDED_BY = "PEFTKIT_DIVIDED_BY"  # processes that divide each layer
 FSDP_ON_CPU = "PEFTKIT_FSDP_ON_CPU"  # "1": FSDP2 on CPUs, for tests
 
 
@@ -58,9 +60,16 @@ def started_with(kind: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"
 
 
+def divided_by() -> int:
+    """Among how many processes each layer is divided."""
+    return int(os.environ.get(DIVIDED_BY, "1")) if is_worker() else 1
+
+
 def worker_sharding(processes: int) -> Sharding:
     """How this process, which accelerate's launcher started, shares with the others."""
     facts = os.environ
+    if divided_by() > 1:
+        return Sharding(divided_by(), "tp")
     if started_with("FSDP"):
         names = fsdp_names(facts.get("FSDP_VERSION", "1"))
         stated = [facts.get(name.upper(), "") for name in names]  # the launcher sets both, and "None" where nothing was said
@@ -242,8 +251,11 @@ def launch(facts: dict[str, Any], run: Run, asked: Launch, arguments: Sequence[s
     run.logs_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = Path(folder) / "launch.yaml"
-        file.write_text(yaml.safe_dump(facts), encoding="utf-8")
-        marks = {WORKER_MARK: "1", JOB_DIR: folder, OPTIONS: shlex.join(asked.options)}
+        # accelerate (1.15) knows parallelism of GPUs alone; on CPUs, for tests, transformers and PEFT do without.
+        written = {key: value for key, value in facts.items() if key != "parallelism_config" or not facts["use_cpu"]}
+        file.write_text(yaml.safe_dump(written), encoding="utf-8")
+        divided = str(check_parallelism(facts, facts["num_processes"]))
+        marks = {WORKER_MARK: "1", JOB_DIR: folder, OPTIONS: shlex.join(asked.options), DIVIDED_BY: divided}
         environment = os.environ | marks | _interface(facts)
         command = launch_command(file, Path(folder) / OUTCOME_FILE, arguments)
         # A session of its own: Ctrl-C at the terminal reaches the workers once, through here.

@@ -23,6 +23,14 @@ _NOT_OF_FSDP = {
 }
 
 
+_NOT_PARALLEL = {
+    "dp_replicate_size": "processes that share out rows are DDP's; leave it out",
+    "dp_shard_size": "processes that share out weights are FSDP2's: `distributed_type: FSDP` (configs/fsdp2.yaml)",
+    "cp_size": "its ring attention is there for CUDA alone, where we could not prove it; long rows: `gradient_checkpointing`",
+    "sp_size": "sequence parallelism is not there yet; long rows: `gradient_checkpointing`, or layers divided by tp_size",
+}
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How processes share what a run stores.
@@ -30,15 +38,20 @@ class Sharding:
     Attributes:
         num_processes: how many there are.
         kind: `ddp`: each has everything; `fsdp`, `zero3`: weights, gradients and optimizer are shared out; `zero2`: gradients
-            and optimizer; `zero1`: the optimizer.
+            and optimizer; `zero1`: the optimizer; `tp`: each layer is divided, and all of them compute every row.
         offloads_optimizer: whether its state waits in the CPU's memory.
         offloads_weights: whether the weights do.
     """
 
     num_processes: int = 1
-    kind: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    kind: Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "tp"] = "ddp"
     offloads_optimizer: bool = False
     offloads_weights: bool = False
+
+    @property
+    def num_data_processes(self) -> int:
+        """Among how many processes the rows of a step are shared out."""
+        return 1 if self.kind == "tp" else self.num_processes
 
 
 def read_sharding(processes: int | None, config: Path | None) -> Sharding:
@@ -50,6 +63,8 @@ def read_sharding(processes: int | None, config: Path | None) -> Sharding:
     check_launch(processes, config)
     facts = read_launch_file(config) if config is not None else {}
     count = processes or facts.get("num_processes") or 1
+    if check_parallelism(facts, count) > 1:
+        return Sharding(count, "tp")
     if facts.get("distributed_type") == "FSDP":
         settings = facts.get("fsdp_config") or {}
         names = fsdp_names(str(settings.get("fsdp_version", 1)))
@@ -148,6 +163,7 @@ def resolved_launch_file(
     _check_kind(kind)
     _check_mixed_precision(facts.get("mixed_precision"), mixed_precision)
     count = _num_processes(facts, processes, machines)
+    check_parallelism(facts, count)
     if kind in ("NO", "MULTI_CPU"):
         # Each of them starts one process, whatever its number is, and says nothing (accelerate 1.15).
         kind = "MULTI_GPU"
@@ -188,6 +204,34 @@ def with_fsdp_settled(facts: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"--launch: fsdp_config.{key}: {why}")
     usual = {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True}
     return {**facts, "fsdp_config": usual | stated | dict.fromkeys(_NOT_OF_FSDP, False)}
+
+
+def check_parallelism(facts: Mapping[str, Any], count: int) -> int:
+    """The processes that divide each layer, of what a launch file says of parallelism.
+
+    Args:
+        facts: the launch file.
+        count: all processes.
+
+    Raises:
+        RecipeError: it asks for a kind that is not there, or layers are divided among others than all processes.
+    """
+    stated = {
+        str(key).removeprefix("parallelism_config_"): value for key, value in (facts.get("parallelism_config") or {}).items()
+    }
+    for name, why in _NOT_PARALLEL.items():
+        if str(stated.get(name, 1)) != "1":
+            raise RecipeError(f"--launch: parallelism_config_{name}: {stated[name]} is not supported: {why}")
+    size = stated.get("tp_size", 1)
+    if not isinstance(size, int) or size < 1:
+        raise RecipeError(f"--launch: parallelism_config_tp_size: {size} is not allowed; it takes a whole number above 0")
+    if size > 1 and str(facts.get("distributed_type", "MULTI_GPU")).upper() != "MULTI_GPU":
+        raise RecipeError("--launch: parallelism_config_tp_size needs distributed_type: MULTI_GPU")
+    if size > 1 and size != count:
+        raise RecipeError(
+            f"--launch: parallelism_config_tp_size: {size} is not num_processes, {count}, all of which divide each layer"
+        )
+    return size
 
 
 def check_sharded(kind: str, *, has_gpu: bool) -> None:

@@ -32,7 +32,8 @@ class Hardware:
         device_name: for people.
         supports_bf16: whether the device computes in bfloat16 natively.
         memory_bytes: memory of the device (of the machine, for cpu).
-        num_processes: processes that train together.
+        num_processes: processes among which rows are shared out.
+        divided_by: processes that divide each layer and have the same rows.
     """
 
     device: Literal["cpu", "cuda", "mps"]
@@ -40,6 +41,7 @@ class Hardware:
     supports_bf16: bool
     memory_bytes: int
     num_processes: int = 1
+    divided_by: int = 1
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,10 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
 def build_trainer(run: Run, found: Survey, reporter: Reporter) -> tuple[Trainer, Any]:
     """Load the model, attach the adapter; returns what trains it, and the adapter's state before that."""
     plan, tokenizer, data = found.plan, found.tokenizer, found.data
-    base_model, missing = load_base_model(base_of(plan), data.encoding)
+    divided = plan.hardware.divided_by
+    # Processes that divide layers meet before the model is loaded; DeepSpeed must not hear of it by then.
+    accelerator = start_accelerator(plan, run) if divided > 1 else None
+    base_model, missing = load_base_model(base_of(plan), data.encoding, processes=divided)
     set_pad_token(base_model, tokenizer)
     runtime = plan.task.runtime(tokenizer, data.encoding)
     context = training_context(plan, tokenizer, runtime, data)
@@ -205,12 +208,14 @@ def build_trainer(run: Run, found: Survey, reporter: Reporter) -> tuple[Trainer,
     if plan.recipe.training.torch_compile:
         compile_layers(base_model)
     untrained = initial_state(model, plan)
-    accelerator = start_accelerator(plan, run)
+    accelerator = accelerator or start_accelerator(plan, run)
     if isinstance(data.train, Stream) and accelerator.is_main_process:
         data.train.on_dropped = run.append_data_report
         reporter.note(f"note: rows that are left out while training are in {run.data_report_path.name}")
-    if accelerator.is_main_process:
-        run.record_once("initial_weights", lambda: weights_digest(trainable_state(model)))
+    if accelerator.is_main_process or divided > 1:
+        state = trainable_state(model)  # gathered from all who divide it
+        if accelerator.is_main_process:
+            run.record_once("initial_weights", lambda: weights_digest(state))
     return Trainer(plan, model, runtime, data, run, accelerator, reporter), untrained
 
 

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +26,7 @@ from peftkit.engine.hooks import Context, hook
 from peftkit.engine.modules import head_modules, is_tied, new_modules
 from peftkit.engine.sharding import assign, gathered, return_parts
 from peftkit.engine.targets import Targets, feedforward_modules, linear_sizes, resolve_targets
+from peftkit.engine.tensor_parallel import weights_look_whole
 from peftkit.errors import LoadError, RecipeError
 from peftkit.methods.base import Method
 from peftkit.plan import Plan
@@ -95,7 +97,8 @@ def _inject(model: PreTrainedModel, whole: Sequence[str], context: Context) -> n
                 prepare(model, config, context)
             attach = hook(plan.method, "attach")
             options: dict[str, Any] = {"low_cpu_mem_usage": context.shapes_only}
-            adapted = attach(AdaptedModel, model, config, context) if attach else AdaptedModel(model, config, **options)
+            with weights_look_whole(model):
+                adapted = attach(AdaptedModel, model, config, context) if attach else AdaptedModel(model, config, **options)
             if finish := hook(plan.method, "after_attach"):
                 finish(adapted, section, context)
         except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, KeyError) as error:
@@ -246,7 +249,9 @@ def adapter_state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's tensors by PEFT's names, on the CPU, none sharing memory with another."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes the bias of lora_B for a shard of a matrix (0.21)
-        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        # PEFT would gather the base too (0.21), from processes that have left by then; what is the adapter's is whole.
+        known = {name: tensor for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
+        state = peft.get_peft_model_state_dict(model, known, save_embedding_layers=False)
     # `bias: all` lists the biases of modules that are saved whole a second and a third time.
     twice = (".modules_to_save.", ".original_module.")
     return {name: t.detach().cpu().clone().contiguous() for name, t in state.items() if not any(part in name for part in twice)}

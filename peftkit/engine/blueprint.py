@@ -10,13 +10,14 @@ import peft
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parameters, modules_to_save
+from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parameters, modules_to_save, targeted
 from peftkit.engine.checks import ill_fitting, model_problems, unfit, unmatched
 from peftkit.engine.hooks import Context
 from peftkit.engine.model import base_of, load_config, meta_model, missing_weights
 from peftkit.engine.modules import is_tied
 from peftkit.engine.quantizing import quantization_notes
 from peftkit.engine.targets import count_matches, fused_experts
+from peftkit.engine.tensor_parallel import indivisible
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Plan
 from peftkit.recipe.quantization import why_not_plain
@@ -79,6 +80,8 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
             names = [name for name, _ in model.named_modules()]
             targets, reason = count_matches(names, resolved.modules), resolved.reason
             problems += list(ill_fitting(plan, model, resolved))
+            if plan.hardware.divided_by > 1:
+                problems += indivisible(model, plan.hardware.divided_by, targeted(plan, model, resolved, names))
     if problems:
         raise RecipeError([Problem("", key, what) for key, what in problems])
     notes = quantization_notes(plan, model) + _expert_notes(plan, model)

@@ -43,16 +43,16 @@ def coupled_backward(trainer: Trainer, batches: list[Batch], num_targets: float)
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(trainer.wrapped):
             again = trainer.wrapped(batch, outputs_only=True)
-            backward(accelerator, trainer.wrapped, (again * part).sum() * accelerator.num_processes, last=last)
+            backward(accelerator, trainer.wrapped, (again * part).sum() * trainer.share[0], last=last)
     set_rng_state(after)
-    return loss / accelerator.num_processes
+    return loss / trainer.share[0]
 
 
 def _loss_and_gradient(
     trainer: Trainer, vectors: torch.Tensor, labels: torch.Tensor, num_targets: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole step's mean loss, and its gradient by this process's vectors (N, D)."""
-    runtime, world = trainer.runtime, trainer.accelerator.num_processes
+    runtime, (world, rank) = trainer.runtime, trainer.share
     if world == 1:
         own = vectors.detach().requires_grad_(True)
         everything, joined = own, labels
@@ -60,7 +60,6 @@ def _loss_and_gradient(
         parts: list[tuple[torch.Tensor, torch.Tensor]] = [None] * world  # type: ignore[list-item]
         torch.distributed.all_gather_object(parts, (vectors.cpu(), labels.cpu()))
         tensors = [part.to(vectors.device) for part, _ in parts]
-        rank = trainer.accelerator.process_index
         own = tensors[rank] = tensors[rank].requires_grad_(True)
         everything = torch.cat(tensors)
         joined = runtime.join_labels([part.to(vectors.device) for _, part in parts])

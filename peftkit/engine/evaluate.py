@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from peftkit.engine.sharding import is_sharded
+from peftkit.engine.sharding import data_share, is_sharded
 from peftkit.engine.step import Step
 from peftkit.run import Run, write_json, write_text
 from peftkit.tasks.example import Batch, Example
@@ -61,9 +61,7 @@ def _own_batches(step: Step, examples: Sequence[Example], batch_size: int) -> tu
 
     Where layers are gathered by all processes together, each of them has as many batches, some perhaps empty.
     """
-    world, rank = 1, 0
-    if torch.distributed.is_initialized():
-        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    world, rank = data_share(step.model)
     mine = sorted(range(rank, len(examples), world), key=lambda index: examples[index].length)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     if is_sharded(step.model):

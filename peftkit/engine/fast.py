@@ -24,6 +24,7 @@ from peftkit.engine.hardware import autocast
 from peftkit.engine.packing import prove_packing, untouched
 from peftkit.engine.segments import SEGMENTS
 from peftkit.engine.stored import quantised_weights
+from peftkit.engine.tensor_parallel import divides_layers
 from peftkit.engine.token_loss import Head, find_head
 from peftkit.errors import RecipeError
 from peftkit.plan import Choice, Plan, RowLayout
@@ -69,7 +70,7 @@ def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
     rows, by_row, layout = _row_layout(plan, model)
     base: Any = base_of_adapted(model)
     attention: str = base.config._attn_implementation
-    if not plan.recipe.training.fast_paths:
+    if not plan.recipe.training.fast_paths or divides_layers(model):
         return FastPaths(rows, by_row, None, False, (), (layout,), attention)
     choices = [layout]
     head = find_head(model, plan.hardware.device) if plan.task.learns_tokens else None

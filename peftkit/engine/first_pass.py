@@ -16,7 +16,7 @@ from peftkit.engine.checkpoint import rng_state, set_rng_state
 from peftkit.engine.guard import NoMemoryError, is_out_of_memory, reclaim
 from peftkit.engine.hardware import WHOLE_MODELS
 from peftkit.engine.largest import LargestPass, find_largest_pass
-from peftkit.engine.sharding import own_part
+from peftkit.engine.sharding import is_sharded, own_part
 from peftkit.engine.stored import state_bytes
 from peftkit.plan import with_micro_batch
 from peftkit.resolved import resolved_yaml
@@ -65,7 +65,7 @@ def _halve_micro_batch(trainer: Trainer, failed: NoMemoryError) -> None:
     """
     before = trainer.plan.micro_batch_size
     open_to_it = trainer.plan.decides("training.micro_batch_size") and before > 1
-    if not open_to_it or trainer.accelerator.distributed_type not in WHOLE_MODELS:
+    if not open_to_it or not _has_whole_model(trainer):
         raise failed
     trainer.take_plan(with_micro_batch(trainer.plan, before // 2, f"memory did not suffice for {before}"))
     what = f"note: out of memory {failed.place}; going on with training.micro_batch_size {before // 2}, the same result"
@@ -111,8 +111,13 @@ def _fits(trainer: Trainer, chunk: list[Example], found: LargestPass) -> bool:
     return _in_all_processes(trainer, fits)
 
 
+def _has_whole_model(trainer: Trainer) -> bool:
+    """Whether this process computes passes by itself."""
+    return trainer.accelerator.distributed_type in WHOLE_MODELS and not is_sharded(trainer.model)
+
+
 def _in_all_processes(trainer: Trainer, fits: bool) -> bool:
-    if trainer.accelerator.num_processes == 1 or trainer.accelerator.distributed_type not in WHOLE_MODELS:
+    if trainer.accelerator.num_processes == 1 or not _has_whole_model(trainer):
         return fits
     flag = torch.tensor(int(fits), device=trainer.accelerator.device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)

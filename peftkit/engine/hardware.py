@@ -15,11 +15,12 @@ from accelerate import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    ParallelismConfig,
 )
 from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from peftkit.launch import FSDP_ON_CPU, is_worker, started_with
+from peftkit.launch import FSDP_ON_CPU, divided_by, is_worker, started_with
 from peftkit.plan import Hardware, Plan
 from peftkit.run import Run
 
@@ -29,18 +30,17 @@ WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.M
 
 def detect_hardware() -> Hardware:
     """Facts about the device that this process trains on; PEFTKIT_DEVICE=cpu hides a GPU."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1")) // divided_by()
     index = _cuda_index()
     if index is not None:
         facts = torch.cuda.get_device_properties(index)
-        return Hardware(
-            "cuda", facts.name, torch.cuda.is_bf16_supported(including_emulation=False), facts.total_memory, num_processes
-        )
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware("cuda", facts.name, native, facts.total_memory, num_processes, divided_by())
     memory = psutil.virtual_memory().total
     if torch.backends.mps.is_available() and not _is_forced_to_cpu():
         return Hardware("mps", "Apple GPU", True, memory, num_processes)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or platform.machine() == "arm64"
-    return Hardware("cpu", "the CPU", bool(native), memory, num_processes)
+    return Hardware("cpu", "the CPU", bool(native), memory, num_processes, divided_by())
 
 
 def _is_forced_to_cpu() -> bool:
@@ -80,6 +80,7 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
     # The precision of a process's first Accelerator would hold for all later ones (accelerate 1.15).
     AcceleratorState._reset_state()
     unused = plan.method.skips_parameters(plan.recipe.adapter)
+    parallel = ParallelismConfig(tp_size=divided_by()) if divided_by() > 1 else None
     plugin, zero = _fsdp_plugin(), started_with("DEEPSPEED")
     # Others wait while rank 0 certifies; a launched job that hangs is ended by its launcher, long before this.
     waiting = [InitProcessGroupKwargs(timeout=timedelta(days=1))] if is_worker() else []
@@ -88,6 +89,7 @@ def start_accelerator(plan: Plan, run: Run) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False), *waiting],
         mixed_precision="no" if zero else plan.mixed_precision,  # DeepSpeed's own would round what is trained
         cpu=plan.hardware.device == "cpu",
+        parallelism_config=None if plan.hardware.device == "cpu" else parallel,  # CPUs are refused one, and need none
         fsdp_plugin=None if plan.hardware.device == "cpu" else plugin,
         log_with=list(trackers) or None,
         project_dir=str(run.dir),

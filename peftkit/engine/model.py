@@ -21,6 +21,7 @@ from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from peftkit.engine import tensor_parallel as divided
 from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.modules import is_tied, linearised
 from peftkit.engine.quantized import loading_options, make_safe
@@ -251,12 +252,12 @@ def weight_names(base: Base) -> set[str] | None:
 
 
 def load_base_model(
-    base: Base, settings: Encoding | None = None, *, head_seed: int | None = None
+    base: Base, settings: Encoding | None = None, *, head_seed: int | None = None, processes: int = 1
 ) -> tuple[PreTrainedModel, set[str]]:
     """The base model with its weights, and the names of weights that its checkpoint lacks.
 
-    It is on the CPU, or where it was quantised. A head that the checkpoint lacks is random by `head_seed` (default: the base's
-    seed); a base of `init: random` is always the one of its own seed.
+    It is on the CPU, or where it was quantised, or divided among so many processes. A head that the checkpoint lacks
+    is random by `head_seed` (default: the base's seed); a base of `init: random` is always the one of its own seed.
 
     Raises:
         LoadError: weights are missing (other than a new head), of another shape, or damaged.
@@ -266,7 +267,8 @@ def load_base_model(
     transformers.set_seed(base.seed if head_seed is None or base.init == "random" else head_seed)
     common = {"attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code, "dtype": dtype}
     if base.init == "random":
-        return _random_model(base, config, common), set()
+        return _random_model(base, config, common, processes), set()
+    common |= divided.loading_options(processes)
     if base.quantization is not None and base.quantization.is_stored:
         common |= _renaming_foretold(base, config)  # weights that are not found cannot be made at random in quantised layers
     common |= loading_options(base.quantization, config, base.device)
@@ -289,17 +291,17 @@ def _finished(base: Base, model: PreTrainedModel) -> PreTrainedModel:
     return make_safe(linearised(model) if linear else model, base.quantization, base.device)
 
 
-def _random_model(base: Base, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """The model of a config with random weights; quantised by way of a checkpoint, as transformers quantises what it loads."""
+def _random_model(base: Base, config: PretrainedConfig, options: dict[str, Any], processes: int) -> PreTrainedModel:
+    """The model of a config with random weights; by way of a checkpoint where transformers quantises it or divides it."""
     vars(config).pop("quantization_config", None)
     model: PreTrainedModel = _auto_class(base, config).from_config(config, **options)
-    quantizing = loading_options(base.quantization, config, base.device)
-    if not quantizing:
+    further = loading_options(base.quantization, config, base.device) | divided.loading_options(processes)
+    if not further:
         return _finished(base, model)
     with tempfile.TemporaryDirectory(prefix="peftkit-") as folder:
         model.save_pretrained(folder)
         saved = dataclasses.replace(base, path=folder, revision=None, use_safetensors=True)
-        return _finished(base, _from_pretrained(saved, config, options | quantizing, type(model))[0])
+        return _finished(base, _from_pretrained(saved, config, options | further, type(model))[0])
 
 
 def _from_pretrained(

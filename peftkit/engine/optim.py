@@ -9,6 +9,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 from transformers import Adafactor, get_scheduler
 
+from peftkit.engine.tensor_parallel import divides_layers
 from peftkit.plan import Plan, warmup_steps
 
 
@@ -23,6 +24,8 @@ def build_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
             model, section.r, section.lora_alpha, plan.learning_rate, weight_decay=training.weight_decay
         )
     optimizer_class, arguments = _class_and_arguments(plan)
+    if divides_layers(model):  # tensors that are divided and others cannot be stepped together; the numbers are the same
+        arguments |= {"foreach": False} | ({"fused": False} if "fused" in arguments else {})
     if training.loraplus_lr_ratio is not None:
         if training.loraplus_lr_embedding is not None:
             arguments["loraplus_lr_embedding"] = training.loraplus_lr_embedding

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from peftkit.engine import zero
+from peftkit.engine import tensor_parallel, zero
 from peftkit.engine.hooks import hook
 from peftkit.plan import Plan
 from peftkit.recipe.sharded import ELEMENTWISE
@@ -65,10 +65,12 @@ def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.o
             parameter.data = parameter.data.to(accelerator.device)
         step.kept_whole = kept
         accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(kept)] if kept else None
-    wrapped, prepared = accelerator.prepare(step, optimizer)
+    divided = tensor_parallel.divides_layers(step)
+    # Where layers are divided nothing is wrapped; accelerate (1.15) would look for the model inside of the step in vain.
+    wrapped, prepared = (step, accelerator.prepare_optimizer(optimizer)) if divided else accelerator.prepare(step, optimizer)
     if torch.distributed.is_initialized():
         _KEPT.extend([accelerator, wrapped])
-    if by_zero or isinstance(wrapped, FSDPModule):
+    if by_zero or divided or isinstance(wrapped, FSDPModule):
         step.model.sharded_by = (wrapped,)  # type: ignore[assignment]  # in a tuple: it is no part of the model
     if by_zero:
         state = zero.ZeroState(prepared.optimizer, parameters, groups)
@@ -119,7 +121,16 @@ def clipped_norm(accelerator: Accelerator, wrapped: Any, trained: list[nn.Parame
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         wrapped.step()
         return float(wrapped.get_global_grad_norm())
+    if tensor_parallel.divides_layers(wrapped):
+        return tensor_parallel.clipped_norm(trained, limit)
     return float(gathered(accelerator.clip_grad_norm_(trained, limit if limit is not None else math.inf)))
+
+
+def data_share(model: nn.Module) -> tuple[int, int]:
+    """Among how many processes rows are shared out, and which of them this is; those that divide layers all have every row."""
+    if not torch.distributed.is_initialized() or tensor_parallel.divides_layers(model):
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -71,8 +71,8 @@ class Stored:
         def part(size: int, shares: bool) -> int:
             return math.ceil(size / count) if shares else size
 
-        everything = kind in ("fsdp", "zero3")
-        gathered = 2 * self.largest_block if everything and count > 1 else 0  # one in use, one on its way
+        everything = kind in ("fsdp", "zero3", "tp")
+        gathered = 2 * self.largest_block if everything and count > 1 and kind != "tp" else 0  # one in use, one on its way
         weights = part(self.weights, everything) + gathered
         return dataclasses.replace(
             self,

@@ -43,7 +43,7 @@ from peftkit.engine.neftune import noisy_embeddings
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
-from peftkit.engine.sharding import backward, clipped_norm, own_part, place_whole, prepare
+from peftkit.engine.sharding import backward, clipped_norm, data_share, own_part, place_whole, prepare
 from peftkit.engine.signals import StopSignal
 from peftkit.engine.spikes import note_spike
 from peftkit.engine.step import Step
@@ -102,6 +102,7 @@ class Trainer:
         self.step = Step(self.model, self.runtime, self.paths.head, smoothing, precision)
         prepared = prepare(self.accelerator, self.plan, self.step, optimizer)
         self.wrapped, self.optimizer = prepared.step, prepared.optimizer
+        self.share = data_share(self.model)
         self.scheduler = build_scheduler(prepared.inner, self.plan, self.total_steps)
         self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         self.parts: dict[str, Any] = {"optimizer": prepared.state, "scheduler": self.scheduler}
@@ -158,7 +159,7 @@ class Trainer:
         """Go on from the newest sound checkpoint, where the run has one."""
         checkpoint = find_checkpoint(self.run, self.reporter.note, needs_best=self.plan.keeps_best)
         if checkpoint is not None:
-            process, seed = self.accelerator.process_index, self.plan.recipe.training.seed
+            process, seed = self.share[1], self.plan.recipe.training.seed
             self.progress = load_checkpoint(checkpoint, self.model, self.parts, process, seed)
             self.reporter.note(f"resumed after step {self.progress.step} of {self.total_steps}")
         if self.accelerator.is_main_process:
@@ -210,12 +211,13 @@ class Trainer:
 
     def _forward_backward(self, ready: _Prepared, num_targets: float) -> float:
         """Mean loss per target of one step over all processes; gradients are left in the parameters."""
-        accelerator, batches = self.accelerator, ready.batches
-        if self.runtime.couples_rows and (len(batches) > 1 or accelerator.num_processes > 1):
+        batches = ready.batches
+        if self.runtime.couples_rows and (len(batches) > 1 or self.share[0] > 1):
             losses = [coupled_backward(self, [self._on_device(batch) for batch in batches], num_targets)]
         else:
             losses = self._separate_losses(batches, num_targets)
-        total: float = accelerator.reduce(torch.stack(losses).sum(), reduction="sum").item()
+        summed = torch.stack(losses).sum()
+        total: float = (self.accelerator.reduce(summed, reduction="sum") if self.share[0] > 1 else summed).item()
         if not math.isfinite(total):
             each = zip(ready.chunks, losses, strict=True) if len(losses) == len(batches) else []
             bad = [chunk for chunk, loss in each if not torch.isfinite(loss)]
@@ -224,8 +226,7 @@ class Trainer:
 
     def chunks(self, rows: list[Example]) -> list[list[Example]]:
         """This process's micro-batches; where rows are packed, each of their examples is a pack."""
-        accelerator, lengths = self.accelerator, [row.length for row in rows]
-        passes = self.layout.passes(lengths, accelerator.num_processes, accelerator.process_index)
+        passes = self.layout.passes([row.length for row in rows], *self.share)
         # More processes than rows are left: take part in the backward pass with a loss of zero.
         idle = [rows[0].without_targets()]
         chosen = [[[rows[place] for place in places] for places in sequences] or [idle] for sequences in passes]
@@ -241,7 +242,7 @@ class Trainer:
                 loss = self.wrapped(batch) / num_targets
                 trained_on = loss + self._method_terms(batch, num_targets, last=last)
                 # DDP averages gradients over processes, but a sum of shares is wanted.
-                backward(accelerator, self.wrapped, trained_on * accelerator.num_processes, last=last)
+                backward(accelerator, self.wrapped, trained_on * self.share[0], last=last)
             losses.append(loss.detach())
         return losses
 
@@ -269,7 +270,7 @@ class Trainer:
         if batch_penalty := hook(self.plan.method, "batch_penalty"):
             terms = terms + batch_penalty(self.model, batch, self.loss_sum) / num_targets
         if last and (penalty := hook(self.plan.method, "penalty")):
-            terms = terms + penalty(self.model) / self.accelerator.num_processes
+            terms = terms + penalty(self.model) / self.share[0]
         return terms
 
     def _on_device(self, batch: Batch) -> Batch:

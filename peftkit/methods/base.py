@@ -75,6 +75,8 @@ class Method:
         virtual_tokens: positions that this section takes from the model's.
         no_decay: parts of names of trained matrices that weight decay would pull away from where they start, which is not zero.
         skips_parameters: whether a step of this section can leave trained parameters without a gradient.
+        divisible: fields beside which PEFT can divide its matrices like the layers that they are around (tensor parallelism);
+            empty where it cannot at all.
         reads_gradients: whether this section looks at gradients after each step (to allot ranks).
         rows_interact: whether the rows of a batch change each other's outputs, so that each must be answered alone.
         not_recomputable: why its layers cannot be recomputed in the backward pass; empty where they can; `why_not_recomputed`
@@ -138,6 +140,7 @@ class Method:
     virtual_tokens: Callable[[Any], int] = lambda section: 0
     no_decay: tuple[str, ...] = ()
     skips_parameters: Callable[[Any], bool] = lambda section: False
+    divisible: tuple[str, ...] = ()
     reads_gradients: Callable[[Any], bool] = lambda section: False
     rows_interact: bool = False
     not_recomputable: str = ""

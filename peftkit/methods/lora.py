@@ -279,6 +279,12 @@ def _not_quantized_with(section: LoraSection, layers: Layers) -> Iterator[tuple[
         yield "use_dora", f"is not there on {layers} layers (PEFT 0.21); use false"
 
 
+_DIVISIBLE = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+)
+
+
 LORA = Method(
     name="lora",
     summary="Low-rank updates of linear layers (Hu et al. 2021); rsLoRA, DoRA, PiSSA, OLoRA, MiCA, VeLoRA by its fields",
@@ -286,6 +292,7 @@ LORA = Method(
     kind="weights",
     peft_config="LoraConfig",
     mixed_batches=True,
+    divisible=_DIVISIBLE,
     lora_plus=True,
     targets="query_value",
     other_layers=OTHER_LAYERS,

@@ -12,8 +12,11 @@ ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
-    """Keys of a recipe with what is wrong with them under `fsdp`, `zero1`, `zero2` or `zero3`; nothing under `ddp`."""
+    """Keys of a recipe with what is wrong with them under `fsdp`, `zero1`, `zero2`, `zero3` or `tp`; nothing under `ddp`."""
     if kind == "ddp":
+        return
+    if kind == "tp":
+        yield from _why_not_divided(recipe)
         return
     zero, name = kind.startswith("zero"), "DeepSpeed" if kind.startswith("zero") else "FSDP"
     method, training, quantization = METHODS[recipe.adapter.method], recipe.training, recipe.model.quantization
@@ -30,3 +33,24 @@ def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
         if not shares:
             what = f"{name} cannot share these layers out"
             yield "model.quantization", f"{what}; under FSDP2 4 bits of bitsandbytes can be, under DDP all kinds are whole"
+
+
+def _why_not_divided(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys that cannot be where each layer is divided among processes."""
+    method, training = METHODS[recipe.adapter.method], recipe.training
+    if not method.divisible:
+        can = ", ".join(name for name, other in METHODS.items() if other.divisible)
+        yield "adapter.method", f"PEFT cannot divide `{method.name}` like the layers that it is in; it can: {can}"
+    for name, info in type(recipe.adapter).model_fields.items():
+        value = getattr(recipe.adapter, name)
+        plain = value == info.get_default(call_default_factory=True) or (name == "init_lora_weights" and value == "gaussian")
+        if method.divisible and name not in ("method", *method.divisible) and not plain:
+            yield f"adapter.{name}", f"`{value}` needs whole layers, which are divided here (parallelism_config_tp_size)"
+    if recipe.model.quantization is not None:
+        yield "model.quantization", "quantised layers cannot be divided; leave one of the two out"
+    if training.optim not in ELEMENTWISE:
+        yield "training.optim", f"`{training.optim}` takes no layers that are divided; use one of {', '.join(ELEMENTWISE)}"
+    if "fp16" in (training.mixed_precision, {"float16": "fp16"}.get(recipe.model.dtype)):
+        yield "training.mixed_precision", "fp16 has a loss scale, which divided gradients do not go through; use bf16"
+    if training.torch_compile:
+        yield "training.torch_compile", "true: divided layers are not compiled; use false"

@@ -65,6 +65,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
         ("deepspeed_zero2", "CAUSAL_LM", LORA, {}),
         ("deepspeed_zero3", "CAUSAL_LM", LORA, {}),
         ("deepspeed_zero3", "SEQ_CLS", LORA, {}),
+        ("tensor_parallel", "CAUSAL_LM", LORA, {}),
     ],
 )
 def test_launch_files_train_like_one_process(
@@ -80,7 +81,14 @@ def test_launch_files_train_like_one_process(
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("fsdp2", "fsdp2"), ("fsdp2", "single"), ("ddp", "fsdp2"), ("deepspeed_zero3", "deepspeed_zero2")]
+    ("first", "second"),
+    [
+        ("fsdp2", "fsdp2"),
+        ("fsdp2", "single"),
+        ("ddp", "fsdp2"),
+        ("deepspeed_zero3", "deepspeed_zero2"),
+        ("tensor_parallel", "ddp"),
+    ],
 )
 def test_a_run_goes_on_another_way_than_it_began(models_dir: Path, tmp_path: Path, first: str, second: str) -> None:
     recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, training=TRAINING, data={"validation": 0.25})
@@ -103,6 +111,13 @@ def test_a_run_goes_on_another_way_than_it_began(models_dir: Path, tmp_path: Pat
         ("fsdp2", ["model.quantization={bits: 8}"], "model.quantization: FSDP cannot share these layers out"),
         ("deepspeed_zero3", ["model.quantization={bits: 4}"], "model.quantization: DeepSpeed cannot share these layers out"),
         ("deepspeed_zero2", ["adapter={method: adalora}"], "adapter.method: `adalora` looks at gradients after each step"),
+        (
+            "tensor_parallel",
+            ["adapter={method: ia3}"],
+            "adapter.method: PEFT cannot divide `ia3` like the layers that it is in",
+        ),
+        ("tensor_parallel", ["adapter.use_dora=true"], "adapter.use_dora: `True` needs whole layers"),
+        ("tensor_parallel", ["model.quantization={bits: 4}"], "model.quantization: quantised layers cannot be divided"),
         ("deepspeed_zero2", ["training.mixed_precision=fp16"], "training.mixed_precision: fp16 has a loss scale"),
     ],
 )
@@ -111,6 +126,38 @@ def test_what_cannot_be_shared_out_is_refused_before_any_process_starts(
 ) -> None:
     recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path)
     result = cli("train", recipe, "--launch", CONFIGS / f"{config}.yaml", *(f"--set={change}" for change in changes))
+    assert (result.code, words in result.err.replace("\n", " ")) == (2, True), result.err
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "words"),
+    [
+        ("SEQ_CLS", [], "transformers has no plan to divide a `bert` by"),
+        ("CAUSAL_LM", ["model.config_overrides={num_key_value_heads: 1}"], "its 1 key_value_heads cannot be divided among 2"),
+        ("CAUSAL_LM", ["adapter.target_modules=[lm_head]"], "`lm_head` is divided as `colwise_gather_output`"),
+    ],
+)
+def test_models_that_cannot_be_divided_are_known_without_weights(
+    cli: Any, models_dir: Path, tmp_path: Path, task: str, changes: list[str], words: str
+) -> None:
+    recipe = tiny_recipe(task, models_dir, tmp_path)
+    result = cli("plan", recipe, "--launch", CONFIGS / "tensor_parallel.yaml", *(f"--set={change}" for change in changes))
+    assert (result.code, words in result.err.replace("\n", " ")) == (2, True), result.err
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "words"),
+    [
+        ("{parallelism_config_tp_size: 4}", "parallelism_config_tp_size: 4 is not num_processes, 2"),
+        ("{parallelism_config_cp_size: 2}", "parallelism_config_cp_size: 2 is not supported: its ring attention"),
+        ("{parallelism_config_dp_shard_size: 2}", "processes that share out weights are FSDP2's"),
+    ],
+)
+def test_parallelism_that_is_not_there_is_refused(
+    cli: Any, models_dir: Path, tmp_path: Path, parallelism: str, words: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(f"num_processes: 2\nparallelism_config: {parallelism}\n")
+    result = cli("train", tiny_recipe("CAUSAL_LM", models_dir, tmp_path), "--launch", tmp_path / "bad.yaml")
     assert (result.code, words in result.err.replace("\n", " ")) == (2, True), result.err
 
 
