@@ -20,6 +20,7 @@ from peftkit.run import Run
 POLL_SECONDS = 0.2
 OUTCOME_FILE = "outcome.json"
 STOPPED_SECONDS = 20.0  # a debugger or a suspended machine stops processes for moments
+STOPPING_SECONDS = 300.0  # without progress, after a signal asked for the end: time to write what is large
 GRACE_SECONDS = 30.0  # for workers whose launcher is gone: they have SIGTERM and write a checkpoint
 STOPS = (75, 130)  # exit codes of a run that was asked to stop
 _STUCK = {psutil.STATUS_STOPPED: "stopped (state T)", psutil.STATUS_ZOMBIE: "a zombie (state Z)"}
@@ -140,12 +141,13 @@ class Job:
         newest = max((sign["time"] for sign in signs.values()), default=0.0)
         self._silent_seconds = self._silent_seconds + seconds if newest == self._last_sign else 0.0
         self._last_sign = newest
-        if not self.hang_timeout or self._silent_seconds < self.hang_timeout:
-            return None
-        return self._describe_hang(signs)
+        limit = min(self.hang_timeout, STOPPING_SECONDS) if self.heard else self.hang_timeout
+        return self._describe_hang(signs, limit) if limit and self._silent_seconds >= limit else None
 
-    def _describe_hang(self, signs: dict[int, dict[str, Any]]) -> str:
-        silent = f"no process has got on for {self.hang_timeout:.0f} s (`--hang-timeout`)"
+    def _describe_hang(self, signs: dict[int, dict[str, Any]], limit: float) -> str:
+        silent = (
+            f"no process has got on for {limit:.0f} s (`--hang-timeout`{', at most, after a signal' if self.heard else ''})"
+        )
         if not signs:
             return f"{silent}: no worker has started"
         # A process that waits for others is in torch; the one that they wait for is often behind, or somewhere else.

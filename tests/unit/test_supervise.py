@@ -126,6 +126,13 @@ def test_a_job_that_starts_no_worker_is_ended(ends: Ends) -> None:
         ends("time.sleep(60)", 1.0)
 
 
+def test_a_job_that_hangs_when_it_is_asked_to_stop_is_ended_sooner(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "STOPPING_SECONDS", 1.0)
+    worker = "subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, lambda *_: 0); time.sleep(60)'])"
+    with pytest.raises(JobError, match=r"got on for 1 s \(`--hang-timeout`, at most, after a signal\)"):
+        ends(f"import subprocess; {worker}; time.sleep(0.5); send('SIGTERM'); time.sleep(60)", 1800.0)
+
+
 def test_a_stopped_process_ends_the_job(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "STOPPED_SECONDS", 1.0)
     with pytest.raises(JobError, match=r"the workers' launcher \(process \d+\) has been stopped \(state T\) for 1 s"):
