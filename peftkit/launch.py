@@ -270,12 +270,12 @@ def _has_gpu() -> bool:
 
 
 def start_trial(arguments: Sequence[str], log_path: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
-    """Start `peftkit ARGUMENTS` as one of several processes at once, which end (by SIGTERM) when this one dies.
+    """Start `python -m ARGUMENTS` as one of several processes at once, which end (by SIGTERM) when this one dies.
 
     Each has a GPU of its own, or its share of the CPU's cores where OMP_NUM_THREADS says nothing.
 
     Args:
-        arguments: of `peftkit`.
+        arguments: a module and its arguments.
         log_path: what it prints is added there.
         slot: its place among those that run at once, from 0.
         jobs: how many run at once.
@@ -291,7 +291,7 @@ def start_trial(arguments: Sequence[str], log_path: Path, slot: int, jobs: int) 
         if os.getppid() != own:
             os._exit(1)  # it died before the kernel was told
 
-    command = [sys.executable, "-m", "peftkit", *arguments]
+    command = [sys.executable, "-m", *arguments]
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         # A session of its own: Ctrl-C at the terminal reaches it once, through here.

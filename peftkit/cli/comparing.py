@@ -37,6 +37,9 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
         str | None, typer.Option(metavar="METHOD|N", help="Choose sizes so that all train as many parameters.")
     ] = None,
     metric: Metric = None,
+    forgetting: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Other text: how much the loss on it has grown (language models).")
+    ] = None,
     output: Output = None,
     resume: Resume = False,
     retry_failed: RetryFailed = False,
@@ -57,6 +60,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
             "budget": budget_of(budget),
             "match_params": int(match_params) if match_params and match_params.isdigit() else match_params,
             "metric": metric,
+            "forgetting": forgetting,
             "set": overrides or [],
         }
         options = command.Options(output, resume, retry_failed, skip_refused, jobs)

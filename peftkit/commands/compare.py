@@ -35,6 +35,7 @@ from peftkit.lock import lock
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run
 from peftkit.stop import stopped, stops_at_once
+from peftkit.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def compare(path: Path, stated: Mapping[str, Any], options: Options) -> Record:
     with stops_at_once("before the first trial"):
         asked = read_experiment(path, Comparison, stated)
         loaded = prepare(asked, options)
+        asked = asked.model_copy(update={"forgetting": rows_to_forget(asked, loaded, path)})
         wanted = wanted_of(asked.methods, asked.variants)
         refuse_lengths(wanted, asked.budget)
         variants, refused = make_variants(loaded, wanted, skip_refused=options.skip_refused)
@@ -83,8 +85,28 @@ def compare(path: Path, stated: Mapping[str, Any], options: Options) -> Record:
         write_experiment(root, asked)
         record.open_again(retry_failed=options.retry_failed)
         run(record, loaded, asked, options, planned(record, loaded, asked))
+        if asked.forgetting is not None:
+            measure_forgetting(record, loaded, asked, options)
         record.finish()
     return record
+
+
+def rows_to_forget(asked: Comparison, loaded: LoadedRecipe, path: Path) -> str | None:
+    """The absolute path of the rows on which forgetting is measured, where it is.
+
+    Raises:
+        RecipeError: they are not there, or the task has no loss of the base model to compare with.
+    """
+    if asked.forgetting is None:
+        return None
+    if not TASKS[loaded.recipe.task].generates:
+        raise RecipeError(
+            f"--forgetting: is for language models; {loaded.recipe.task} has no loss that its base model had before"
+        )
+    for folder in (path.parent, Path()):
+        if (folder / asked.forgetting).is_file():
+            return str((folder / asked.forgetting).absolute())
+    raise RecipeError(f"--forgetting {asked.forgetting}: there is no such file")
 
 
 def directory_given(path: Path, options: Options) -> tuple[Path, Options]:
@@ -325,6 +347,29 @@ def _take_time(variant: dict[str, Any], trial: Trial, code: int, seconds: float)
             entry |= {"state": "failed", "exit_code": exit_code_of(code), "error": f"could not be timed: {trial.error(code)}"}
         else:
             variant["steps"][str(entry["seed"])] = timed_steps(trial, seconds)
+
+
+def measure_forgetting(record: Record, loaded: LoadedRecipe, asked: Comparison, options: Options) -> None:
+    """Measure what the runs that are done have forgotten, each in a process of its own.
+
+    Raises:
+        Stopped: a signal asked for it.
+    """
+    rows, trials = Path(str(asked.forgetting)), []
+    for entry in record.trials():
+        if entry["state"] == "done" and entry["forgetting"] is None:
+            variant = next(variant for variant in record.variants if entry in variant["trials"])
+            trials.append(dataclasses.replace(make_trial(record, loaded, asked, variant, entry["seed"]), forgetting=rows))
+
+    def end(trial: Trial, code: int, seconds: float) -> None:
+        if code == 0:
+            record.entry_of(trial)["forgetting"] = json.loads(trial.forgetting_path.read_text(encoding="utf-8"))["forgetting"]
+        else:
+            note = f"{trial.variant}, seed {trial.seed}: forgetting was not measured (exit {code}); {trial.log_path} says why"
+            record.result["notes"].append(note)
+
+    if number := run_all(iter(trials), options.jobs, lambda trial: None, end):
+        raise stopped(number, told(record))
 
 
 def print_comparison(record: Record) -> None:

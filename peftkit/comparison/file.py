@@ -90,7 +90,7 @@ def read_experiment(path: Path, kind: type[T], stated: Mapping[str, Any]) -> T:
     try:
         found = kind.model_validate(fields | options)
     except ValidationError as error:
-        where = {key[1:]: f"{path}:{line}" for key, line in lines.items() if key[0] == top}
+        where = {key[1:]: f"{path}:{line}" for key, line in lines.items() if key[:1] == (top,)}
         raise RecipeError(list(_problems(error, kind, where, options))) from None
     if problems := list(_unsound(found)):
         raise RecipeError([Problem(str(path), key, what) for key, what in problems])

@@ -38,7 +38,7 @@ class Trial:
         dir: its run directory.
         recipe: the recipe's file.
         overrides: `--set` arguments.
-        is_timing: whether it is only timed.
+        forgetting: rows on which a run that is done is measured, instead of being trained.
     """
 
     variant: str
@@ -46,7 +46,7 @@ class Trial:
     dir: Path
     recipe: Path
     overrides: tuple[str, ...]
-    is_timing: bool = False
+    forgetting: Path | None = None
 
     @property
     def log_path(self) -> Path:
@@ -54,15 +54,22 @@ class Trial:
         return self.dir.with_name(f"{self.dir.name}.log")
 
     @property
+    def forgetting_path(self) -> Path:
+        """What it has forgotten."""
+        return self.dir.with_name(f"{self.dir.name}.forgetting.json")
+
+    @property
     def is_done(self) -> bool:
         """Whether it has been trained, evaluated and certified."""
         return bool(Run(self.dir).read_status().get("state") == "done")
 
     def arguments(self) -> list[str]:
-        """The command line of `peftkit` that trains it, or goes on with it where it has begun."""
+        """The module and arguments that train it, or go on with it where it has begun, or measure it."""
+        if self.forgetting is not None:
+            return ["peftkit.commands.forgetting", *map(str, (self.dir, self.forgetting, self.forgetting_path))]
         begun = Run(self.dir).resolved_path.is_file()
         changes = [part for text in self.overrides for part in ("--set", text)]
-        return ["train", str(self.recipe), *changes, "--output", str(self.dir), *["--resume"] * begun]
+        return ["peftkit", "train", str(self.recipe), *changes, "--output", str(self.dir), *["--resume"] * begun]
 
     def error(self, code: int) -> str:
         """Why it ended like this, in a line."""

@@ -125,8 +125,11 @@ def grid_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
 
 def name_of(values: Mapping[str, Any], number: int) -> str:
     """A folder's name that says what is in it: `003_r-8_learning_rate-0.001`."""
-    shown = {key.rpartition(".")[2]: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-    return "_".join([f"{number:03}", *(re.sub(r"[^\w.\-]+", "-", f"{key}-{value}")[:40] for key, value in shown.items())])[:120]
+    parts = [f"{number:03}"]
+    for key, value in values.items():
+        text = re.sub(r"[^\w.\-]+", "-", f"{value:.4g}" if isinstance(value, float) else str(value)).strip("-")
+        parts.append(f"{key.rpartition('.')[2]}-{text}"[:40])
+    return "_".join(parts)[:120]
 
 
 def check_recipe(loaded: LoadedRecipe, budget: Budget | None, metric: str | None) -> None:

@@ -84,7 +84,10 @@ def _guesses(plan: Plan, target: int, start: int, counts: dict[int, int], refuse
         slope = (counts[near[0]] - counts[near[1]]) / (near[0] - near[1])
         guess = max(1, round(near[0] + (target - counts[near[0]]) / slope))
         tried = counts.keys() | refused
-        free = [size for size in (guess, guess - 1, guess + 1, guess + 2) if size > 0 and size not in tried]
+        # What is refused may be odd, or too large: its neighbours, then half the way to the nearest refused one.
+        barred = [size for size in refused if (size - near[0]) * (guess - near[0]) > 0]
+        halfway = (near[0] + min(barred, key=lambda size: abs(size - near[0]), default=guess)) // 2
+        free = [size for size in (guess, guess - 1, guess + 1, halfway) if size > 0 and size not in tried]
         if not free:
             return
         yield free[0]

@@ -15,7 +15,8 @@ import yaml
 
 from peftkit.run import Run
 from tests.comparing import compared, in_this_process, recipe_to_vary
-from tests.runs import lines_of, peftkit_process, run_cli
+from tests.conftest import WORDS, rows_of, write_jsonl
+from tests.runs import lines_of, peftkit_process, run_cli, tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,8 @@ def test_the_file_in_the_directory_is_the_same_comparison(done: Path, recipe: Pa
     result = run_cli("compare", done, "--resume", "--skip-refused")
     assert (result.code, compared(done)["variants"][0]["trials"][0]["state"]) == (0, "done")
     assert (done / "compare.json").stat().st_mtime_ns > before
-    assert "cpt was refused: adapter.method: `cpt` does not work for SEQ_CLS" in result.out
+    assert "cpt was refused: " in result.out
+    assert "`cpt` does not work for SEQ_CLS" in result.out
 
 
 def test_a_failure_is_recorded_and_tried_again_when_asked(recipe: Path, tmp_path: Path) -> None:
@@ -150,8 +152,8 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
 
 def test_a_comparison_that_is_killed_takes_its_trials_along_and_goes_on(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    arguments = ("--methods", "head", "--output", folder, "--set", "training.logging_steps=1", "--budget", "steps", "600")
-    arguments += ("--set", "training.eval_steps=600", "--set", "training.save_steps=600")
+    arguments = ("--methods", "head", "--output", folder, "--set", "training.logging_steps=1", "--budget", "steps", "250")
+    arguments += ("--set", "training.eval_steps=250", "--set", "training.save_steps=250")
     with peftkit_process("compare", recipe, *arguments) as process:
         lines = folder / "trials/head/seed-0/metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -170,7 +172,7 @@ def test_a_comparison_that_is_killed_takes_its_trials_along_and_goes_on(recipe: 
     with in_this_process():
         result = run_cli("compare", folder, "--resume")
     assert result.code == 0, result.err
-    assert (compared(folder)["variants"][0]["trials"][0]["steps"], 0 < step < 600) == (600, True)
+    assert (compared(folder)["variants"][0]["trials"][0]["steps"], 0 < step < 250) == (250, True)
 
 
 def test_a_signal_ends_a_comparison_with_its_trials_at_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
@@ -202,3 +204,22 @@ def test_a_budget_of_seconds_becomes_steps_by_a_timed_run(recipe: Path, tmp_path
     variant = compared(tmp_path / "out")["variants"][0]
     assert variant["trials"][0]["steps"] == variant["steps"]["0"] > 1
     assert len([line for line in lines_of(tmp_path / "out/trials/head/timing") if "loss" in line]) == 25
+
+
+def test_forgetting_is_the_growth_of_the_loss_on_other_text(models_dir: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "text.jsonl", [{"text": " ".join(WORDS[place : place + 9])} for place in range(12)])
+    held_out = {"validation": str(write_jsonl(tmp_path / "v.jsonl", rows_of("CAUSAL_LM", 5)))}
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, data=held_out, training={"max_steps": 2})
+    variants = {
+        "still": {"training.learning_rate": 1e-12},
+        "far": {"training.learning_rate": 1.0},
+        "full": {"adapter.method": "full"},
+    }
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"compare": {"recipe": str(recipe), "variants": variants, "forgetting": str(rows)}}))
+    with in_this_process():
+        result = run_cli("compare", file, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    found = {name: variant["trials"][0]["forgetting"] for name, variant in variants_of(tmp_path / "out").items()}
+    assert abs(found["still"]) < 1e-5 < abs(found["full"]) < abs(found["far"])
+    assert "validation rows chose the step that is kept too" in result.out
