@@ -47,8 +47,7 @@ def in_this_process() -> Iterator[None]:
     """Trials and surveys run here meanwhile."""
     with (
         patch("peftkit.comparison.trials.start_trial", Here),
-        patch("peftkit.commands.compare.ask", ask_here),
-        patch("peftkit.commands.sweep.ask", ask_here),
+        patch("peftkit.commands.experiment.ask", ask_here),
         patch("peftkit.comparison.trials.POLL_SECONDS", 0.0),
         patch("peftkit.commands.train.plan_memory", lambda *arguments: type("Plan", (), {"total": 1})),
     ):

@@ -51,6 +51,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
     """Train methods on the same rows under the same budget, with several seeds; a table of what each gives and costs."""
     from peftkit import console
     from peftkit.commands import compare as command
+    from peftkit.commands.experiment import Options, print_comparison
     from peftkit.comparison.file import budget_of, seeds_of
 
     with console.problems_as_json(as_json):
@@ -63,8 +64,8 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
             "forgetting": forgetting,
             "set": overrides or [],
         }
-        options = command.Options(output, resume, retry_failed, skip_refused, jobs)
-        _finish(command.compare(recipe, stated, options), command.print_comparison, as_json=as_json)
+        options = Options(output, resume, retry_failed, skip_refused, jobs)
+        _finish(command.compare(recipe, stated, options), print_comparison, as_json=as_json)
 
 
 def sweep(  # noqa: PLR0913, PLR0917 - one parameter per option
@@ -90,7 +91,7 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter per option
     """Try values of recipe keys, all combinations (--grid) or a search (--search); the best recipe by the validation rows."""
     from peftkit import console
     from peftkit.commands import sweep as command
-    from peftkit.commands.compare import Options
+    from peftkit.commands.experiment import Options
     from peftkit.comparison.file import budget_of, by_key, seeds_of, values_of
 
     with console.problems_as_json(as_json):
@@ -110,8 +111,8 @@ def sweep(  # noqa: PLR0913, PLR0917 - one parameter per option
 def _finish(record: Record, show: Callable[[Record], None], *, as_json: bool) -> NoReturn:
     """Print the table, write the report, and end with 0 where all trials are done."""
     from peftkit import console
-    from peftkit.commands import compare as command
+    from peftkit.commands.experiment import write_report
 
-    command.write_report(record)
+    write_report(record)
     console.print_json(record.result) if as_json else show(record)
     raise typer.Exit(record.exit_code)

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import console
-from peftkit.commands import compare as command
-from peftkit.commands.compare import Options, ask, enter, make_trial, open_directory, planned, request
-from peftkit.comparison.file import Sweep, read_experiment, write_experiment
+from peftkit.commands import experiment
+from peftkit.commands.experiment import Options, enter, make_trial, planned, request
+from peftkit.comparison.file import Sweep, read_experiment
 from peftkit.comparison.record import Record
 from peftkit.comparison.result import interval
-from peftkit.comparison.search import open_study, propose, ranges_of, require_optuna, tell, unfinished
+from peftkit.comparison.search import example_of, open_study, propose, ranges_of, require_optuna, tell, unfinished
 from peftkit.comparison.trials import Trial
-from peftkit.comparison.variants import grid_of, list_seeds, make_variant, make_variants, name_of, refuse_lengths
+from peftkit.comparison.variants import grid_of, make_variant, make_variants, name_of, refuse_lengths
 from peftkit.errors import RecipeError
-from peftkit.lock import lock
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, write_text
 from peftkit.stop import stops_at_once
@@ -34,29 +33,21 @@ def sweep(path: Path, stated: Mapping[str, Any], options: Options) -> Record:
         RecipeError: something is wrong that is known before the first trial.
         Stopped: a signal asked for it.
     """
-    path, options = command.directory_given(path, options)
+    path, options = experiment.directory_given(path, options)
     with stops_at_once("before the first trial"):
         asked = read_experiment(path, Sweep, stated)
-        loaded = command.prepare(asked, options)
+        loaded = experiment.prepare(asked, options)
         require_validation(loaded)
         if asked.search:
             require_optuna()
-            ranges_of(asked.search)
-        wanted = grid_of(asked.grid) if asked.grid else {"the search": dict.fromkeys(asked.search)}
+        wanted = grid_of(asked.grid) if asked.grid else {"lowest": example_of(asked.search)}
         refuse_lengths(wanted, asked.budget)
-        variants, refused = make_variants(loaded, wanted, skip_refused=options.skip_refused) if asked.grid else ([], {})
-        root = open_directory(asked, loaded, options)
-    with lock(Run(root), console.print_note, force=False):
-        record = Record.begin(root, loaded, asked, list_seeds(asked.seeds, loaded.recipe.training.seed))
-        if not record.result["split"]:
-            with stops_at_once("before the first trial"):
-                settle(record, loaded, asked, variants, options)
-            for name, reason in refused.items():
-                record.refuse(name, reason, wanted[name])
-        write_experiment(root, asked)
-        record.open_again(retry_failed=options.retry_failed)
+        record = Record.begin(experiment.find_directory(asked, loaded, options), loaded, asked)
+        if not options.resume:
+            settle(record, loaded, asked, wanted, options)
+    with experiment.opened(record, loaded, asked, options):
         queue = searched(record, loaded, asked) if asked.search else planned(record, loaded, asked)
-        command.run(record, loaded, asked, options, queue)
+        experiment.run(record, loaded, asked, options, queue)
         write_best(record)
         record.finish()
     return record
@@ -74,25 +65,28 @@ def require_validation(loaded: LoadedRecipe) -> None:
         raise RecipeError([loaded.problem("data.validation", what)])
 
 
-def settle(record: Record, loaded: LoadedRecipe, asked: Sweep, variants: list[Any], options: Options) -> None:
-    """Look at the recipe, or every variant of a grid, up to the weights."""
+def settle(record: Record, loaded: LoadedRecipe, asked: Sweep, wanted: Mapping[str, Any], options: Options) -> None:
+    """Check every variant of a grid, or the lowest values of a search, up to the weights.
+
+    Raises:
+        PeftkitError: variants cannot work and are not to be skipped.
+    """
+    variants, refused = make_variants(loaded, wanted, skip_refused=options.skip_refused)
     seed = record.result["seeds"][0]
-    base = [] if variants else [make_variant(loaded, "the recipe", {})]
-    console.print_note(f"looking at {len(variants) or 'the recipe of all'} variants up to their weights")
-    looked_at = variants or base
-    answers = ask([request(loaded, variant.texts(asked.set, training__seed=seed)) for variant in looked_at])
-    named = [answer | {"name": variant.name} for answer, variant in zip(answers, looked_at, strict=True)]
-    command.refuse_problems(named, options)
-    sound = [(variant, answer) for variant, answer in zip(looked_at, answers, strict=True) if "problem" not in answer]
+    console.print_note(f"looking at {len(variants)} variants up to their weights")
+    answers = experiment.ask([request(loaded, variant.texts(asked.set, training__seed=seed)) for variant in variants])
+    named = [answer | {"name": variant.name} for answer, variant in zip(answers, variants, strict=True)]
+    experiment.refuse_problems(named, options)
+    sound = [(variant, answer) for variant, answer in zip(variants, answers, strict=True) if "problem" not in answer]
     record.decide_metric(sound[0][1]["metric"], "validation")
     has_test = "test" in sound[0][1]["splits"]
     what = "the best one's test figures judge it" if has_test else "there are no test rows that could judge it"
     record.result["notes"].append(f"validation rows choose: the best one's figure on them flatters it; {what}")
-    if variants:
+    if asked.grid:
         enter(record, loaded, asked, sound)
-        for answer in named:
-            if "problem" in answer:
-                record.refuse(answer["name"], answer["problem"], {})
+        refused |= {answer["name"]: answer["problem"] for answer in named if "problem" in answer}
+        for name, reason in refused.items():
+            record.refuse(name, reason, wanted[name])
 
 
 def searched(record: Record, loaded: LoadedRecipe, asked: Sweep) -> Iterator[Trial]:
@@ -150,7 +144,7 @@ def write_best(record: Record) -> None:
 
 def print_sweep(record: Record) -> None:
     """The table, and the best."""
-    command.print_comparison(record)
+    experiment.print_comparison(record)
     if best := record.result.get("best"):
         test = [f"test {name} {found['mean']:.4f}" for name, found in best["test"].items()]
         console.print_text(f"best: {best['variant']}; its recipe is {record.root / best['recipe']}")

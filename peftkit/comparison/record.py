@@ -14,7 +14,7 @@ from peftkit.comparison import result as results
 from peftkit.comparison.file import Experiment, top_key
 from peftkit.comparison.peft_layout import peft_result
 from peftkit.comparison.trials import Trial, exit_code_of, figures, state_after
-from peftkit.comparison.variants import Variant
+from peftkit.comparison.variants import Variant, list_seeds
 from peftkit.errors import RecipeError
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, write_json
@@ -36,7 +36,7 @@ class Record:
     result: dict[str, Any]
 
     @classmethod
-    def begin(cls, root: Path, loaded: LoadedRecipe, experiment: Experiment, seeds: Sequence[int]) -> Record:
+    def begin(cls, root: Path, loaded: LoadedRecipe, experiment: Experiment) -> Record:
         """The record of a directory: what a comparison that was stopped has left there, or a new one.
 
         Raises:
@@ -60,7 +60,7 @@ class Record:
             "greater_is_better": None,
             "split": None,
             "budget": budget,
-            "seeds": list(seeds),
+            "seeds": list_seeds(experiment.seeds, loaded.recipe.training.seed),
             "interval": results.INTERVAL,
             "pareto_over": list(results.PARETO),
             "notes": [],

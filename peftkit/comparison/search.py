@@ -45,6 +45,12 @@ def ranges_of(search: Mapping[str, str]) -> dict[str, BaseDistribution]:
     return found
 
 
+def example_of(search: Mapping[str, str]) -> dict[str, Any]:
+    """The lowest (or first) value of every range."""
+    ranges = ranges_of(search)
+    return {key: found.choices[0] if hasattr(found, "choices") else found.low for key, found in ranges.items()}  # type: ignore[attr-defined]
+
+
 def _range(text: str) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
