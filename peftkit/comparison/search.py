@@ -47,8 +47,10 @@ def ranges_of(search: Mapping[str, str]) -> dict[str, BaseDistribution]:
 
 def example_of(search: Mapping[str, str]) -> dict[str, Any]:
     """The lowest (or first) value of every range."""
-    ranges = ranges_of(search)
-    return {key: found.choices[0] if hasattr(found, "choices") else found.low for key, found in ranges.items()}  # type: ignore[attr-defined]
+    from optuna.distributions import CategoricalDistribution
+
+    ranges: dict[str, Any] = ranges_of(search)
+    return {key: found.choices[0] if isinstance(found, CategoricalDistribution) else found.low for key, found in ranges.items()}
 
 
 def _range(text: str) -> BaseDistribution:

@@ -9,7 +9,7 @@ import pytest
 
 from peftkit.comparison.file import Comparison, Sweep, read_experiment, values_of
 from peftkit.comparison.result import interval, mark_pareto
-from peftkit.comparison.variants import grid_of, make_variant, override_text, overrides_of, wanted_of
+from peftkit.comparison.variants import grid_of, make_variant, make_variants, override_text, overrides_of, wanted_of
 from peftkit.errors import RecipeError
 from peftkit.launch import require_room, visible_gpus
 from peftkit.methods import METHODS
@@ -153,3 +153,13 @@ def test_best_yaml_and_the_like_are_recipes_of_their_own(load: Load, recipe: dic
         load_recipe(loaded.path, make_variant(loaded, "head", {"adapter.method": "head"}).texts()).recipe.adapter.method
         == "head"
     )
+
+
+def test_the_file_in_the_guide_is_a_valid_one(load: Load, recipe: dict[str, Any], tmp_path: Path) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "comparing.md"
+    loaded = load(recipe)
+    (tmp_path / "file.yaml").write_text(guide.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0])
+    found = read_experiment(tmp_path / "file.yaml", Comparison, {})
+    variants, refused = make_variants(loaded, wanted_of(found.methods, found.variants), skip_refused=False)
+    assert ([variant.name for variant in variants], refused) == (["ia3", "full", "lora-r4", "dora", "ia3-slow"], {})
+    assert {variant.name: variant.learning_rate for variant in variants}["ia3-slow"] == 5e-3
