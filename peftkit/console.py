@@ -15,6 +15,7 @@ from peftkit.errors import PeftkitError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from rich.table import Table
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -58,7 +59,17 @@ def print_wide_table(title: str, columns: Sequence[str], rows: Iterable[Sequence
     _print_table(title, columns, rows, "left")
 
 
+def print_figures(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of many short columns, which are folded on a terminal alone: a file has room for them."""
+    roomy = out if out.is_terminal else Console(width=400, highlight=False)
+    roomy.print(_table(title, columns, rows, "left"))
+
+
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"]) -> None:
+    out.print(_table(title, columns, rows, justify))
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], justify: Literal["left", "right"]) -> Table:
     from rich.table import Table  # costs 5 ms that `validate` need not pay
 
     table = Table(title=title or None, title_justify="left")
@@ -66,7 +77,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any
         table.add_column(name, justify=justify if index else "left", overflow="fold", no_wrap=justify == "left" and not index)
     for row in rows:
         table.add_row(*(Text(show(cell)) for cell in row))
-    out.print(table)
+    return table
 
 
 def print_bars(title: str, bars: Sequence[tuple[str, int]]) -> None:

@@ -36,7 +36,7 @@ from peftkit.recipe.sharded import why_not_sharded
 from peftkit.run import Run, newest_unfinished, write_json
 from peftkit.stop import handled
 from peftkit.supervise import OUTCOME_FILE, Job, descendants
-from peftkit.worker import adopt_orphans, begin, exit_path
+from peftkit.worker import adopt_orphans, begin, end_with_parent, exit_path
 
 WORKER_MARK = "PEFTKIT_WORKER"
 OPTIONS = "PEFTKIT_LAUNCH_OPTIONS"  # with which the job was started
@@ -279,3 +279,56 @@ def _interface(facts: dict[str, Any]) -> dict[str, str]:
 
 def _has_gpu() -> bool:
     return os.environ.get("PEFTKIT_DEVICE") != "cpu" and (Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists())
+
+
+def start_trial(arguments: Sequence[str], log_path: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
+    """Start `python -m ARGUMENTS` as one of several processes at once, which end (by SIGTERM) when this one dies.
+
+    Each has a GPU of its own, or its share of the CPU's cores where OMP_NUM_THREADS says nothing.
+
+    Args:
+        arguments: a module and its arguments.
+        log_path: what it prints is added there.
+        slot: its place among those that run at once, from 0.
+        jobs: how many run at once.
+    """
+    environment, own = dict(os.environ), os.getpid()
+    if gpus := visible_gpus():
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot]
+    elif jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+
+    def end_with_this() -> None:
+        end_with_parent()
+        if os.getppid() != own:
+            os._exit(1)  # it died before the kernel was told
+
+    command = [sys.executable, "-m", *arguments]
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as log:
+        # A session of its own: Ctrl-C at the terminal reaches it once, through here.
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=end_with_this if sys.platform == "linux" else None,  # noqa: PLW1509 - no thread runs here
+        )  # fmt: skip
+
+
+def visible_gpus() -> list[str]:
+    """The CUDA GPUs that this process may use, as CUDA_VISIBLE_DEVICES calls them; found without torch."""
+    if os.environ.get("PEFTKIT_DEVICE") == "cpu":
+        return []
+    stated = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if stated is not None:
+        return [name.strip() for name in stated.split(",") if name.strip() not in ("", "-1")]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def require_room(jobs: int) -> None:
+    """Refuse more trials at once than there are GPUs.
+
+    Raises:
+        RecipeError: there are fewer, but not none.
+    """
+    gpus = visible_gpus()
+    if gpus and jobs > len(gpus):
+        raise RecipeError(f"--jobs {jobs}: every trial has a GPU of its own, and there are {len(gpus)}; use {len(gpus)}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, recipes, reference, training
+from peftkit.cli import adapters, comparing, recipes, reference, training
 
 # Looking for pydantic plugins means reading the metadata of every installed package; a recipe needs none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -32,6 +32,8 @@ COMMANDS = (
     recipes.data,
     training.train,
     training.replay,
+    comparing.compare,
+    comparing.sweep,
     adapters.evaluate,
     adapters.infer,
     adapters.merge,

@@ -23,7 +23,6 @@ from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, tr
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.journal import Reporter
-from peftkit.engine.lock import lock
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import settle_micro_batch
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
@@ -36,6 +35,7 @@ from peftkit.engine.trainer import Trainer
 from peftkit.environment import begin, environment, refuse_drift
 from peftkit.errors import PeftkitError, Stopped
 from peftkit.launch import launch_options, worker_arguments, worker_sharding
+from peftkit.lock import lock
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 from peftkit.run import Run, remove_leftovers, run_to_continue, write_text

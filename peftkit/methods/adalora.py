@@ -78,6 +78,7 @@ ADALORA = Method(
     several_adapters=False,
     targets="query_value",
     other_layers=("torchao",),
+    size_fields=("init_r", "target_r", "lora_alpha"),
     learning_rate=5e-4,
     learning_rate_source="the authors' script for summaries with BART (QingruZhang/AdaLoRA): 5e-4; "
     "PEFT's method comparison tried 1e-4 only (37.3%)",

@@ -56,6 +56,8 @@ class Method:
         several_adapters: whether one base model can hold several of its adapters.
         mixed_batches: whether the rows of one batch can use different adapters.
         changes_base: whether the initialisation of this section changes base weights.
+        size_fields: whole numbers that say how many parameters it trains: the first is chosen where methods are to train
+            equally many, and the others go with it in proportion (a scale that is divided by the rank).
         targets: which modules are adapted where the recipe does not say and PEFT has no entry for the model type; `suffix`:
             PEFT chooses, and reads what the recipe says as the end of a name.
         linear_only: whether PEFT refuses GPT-2's Conv1D for it, which is then turned into Linear.
@@ -124,6 +126,7 @@ class Method:
     several_adapters: bool = True
     mixed_batches: bool = False
     changes_base: Callable[[Any], bool] = lambda section: False
+    size_fields: tuple[str, ...] = ()
     targets: Targets = ""
     linear_only: bool = False
     num_tasks_field: str = ""

@@ -60,6 +60,7 @@ BOTTLENECK = Method(
     kind="modules",
     not_mergeable="it is not linear, so no weights amount to it",
     other_layers=("torchao",),
+    size_fields=("bottleneck_dim",),
     learning_rate=1e-3,
     learning_rate_source="ours, one seed: 80 steps of a 5.4M-parameter Llama on answers in capitals, held-out loss "
     "from 4.22 to 3.75 at 3e-4, 3.30 at 1e-3, 2.95 at 3e-3, 2.72 at 1e-2; below the best, since larger bases "

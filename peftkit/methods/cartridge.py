@@ -49,6 +49,7 @@ CARTRIDGE = Method(
     why_not=NO_CACHE,
     not_mergeable=NO_WEIGHTS,
     virtual_tokens=lambda section: section.num_virtual_tokens,
+    size_fields=("num_virtual_tokens",),
     learning_rate=5e-3,
     learning_rate_source="as for prefix_tuning, whose parameters are the same but for the frozen ones",
     task_learning_rates={"SEQ_CLS": (3e-2, "as for prefix_tuning, whose parameters are the same but for the frozen ones")},

@@ -57,6 +57,7 @@ DEFT = Method(
     quantizations=(),
     why_not_quantized="R starts from the weights, and PEFT hands it the quantised codes",
     targets="query_value",
+    size_fields=("r",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 48.2% at 1e-4, 43.4% with `para`",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

@@ -49,6 +49,7 @@ DELORA = Method(
     why_not_quantized="it takes the norms of the weights' columns",
     targets="query_value",
     linear_only=True,
+    size_fields=("r",),
     learning_rate=1e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 46.8% at 1e-3",
     check=check_targets,

@@ -47,6 +47,7 @@ FOURIERFT = Method(
     peft_config="FourierFTConfig",
     targets="query_value",
     other_layers=("torchao",),
+    size_fields=("n_frequency",),
     learning_rate=5e-2,
     learning_rate_source="the authors' scripts (Chaos96/fourierft): 5e-2 for Llama-2-7B (scaling 300), 4e-2 to 0.12 for GLUE; "
     "PEFT's method comparison tried 1e-4 only (0.0%)",

@@ -52,6 +52,7 @@ GLORA = Method(
     mixed_batches=True,
     targets="query_value",
     linear_only=True,
+    size_fields=("r",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 41.8% at 1e-4",
     check=_check,

@@ -50,6 +50,7 @@ GRALORA = Method(
     peft_config="GraloraConfig",
     targets="query_value",
     other_layers=("torchao",),
+    size_fields=("r", "alpha"),
     learning_rate=2e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 49.5% at 2e-4",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

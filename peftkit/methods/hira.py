@@ -43,6 +43,7 @@ HIRA = Method(
     kind="weights",
     peft_config="HiraConfig",
     targets="query_value",
+    size_fields=("r",),
     learning_rate=4.5e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 51.3% at 4.5e-3",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

@@ -55,6 +55,7 @@ HRA = Method(
     why_not_quantized="it multiplies the weights, and PEFT hands it the quantised codes",
     targets="query_value",
     linear_only=True,
+    size_fields=("r",),
     learning_rate=1e-3,
     learning_rate_source="the authors' scripts (DaShenZi721/HRA) have 1e-5 for Llama-2-7B and 6e-3 for SST-2; ours, 60 steps "
     "of a 5M-parameter Llama: loss 5.44 to 5.39 at 1e-4, to 5.12 at 1e-3, to 4.46 at 6e-3",

@@ -40,6 +40,7 @@ LILY = Method(
     targets="query_value",
     linear_only=True,
     other_layers=("torchao",),
+    size_fields=("r",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 52.6% at 1e-4, with r 140, scaling 8",
     check=check_targets,

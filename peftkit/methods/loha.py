@@ -50,6 +50,7 @@ LOHA = Method(
     linear_only=True,
     other_layers=("torchao",),
     not_compilable="torch.compile breaks off in its layers",
+    size_fields=("r", "alpha"),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 39.3% at 1e-4, with r 32",
     left_out={"use_effective_conv2d": "for convolutions, which no model here has"},

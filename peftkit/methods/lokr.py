@@ -69,6 +69,7 @@ LOKR = Method(
     linear_only=True,
     other_layers=("torchao",),
     not_compilable="torch.compile breaks off in its layers",
+    size_fields=("r", "alpha"),
     learning_rate=3e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 46.6% at 3e-3, with r 32 and factor 4",
     left_out={"use_effective_conv2d": "for convolutions, which no model here has"},

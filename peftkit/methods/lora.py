@@ -296,6 +296,7 @@ LORA = Method(
     lora_plus=True,
     targets="query_value",
     other_layers=OTHER_LAYERS,
+    size_fields=("r", "lora_alpha"),
     learning_rate=2e-4,
     learning_rate_source="QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), table 9",
     task_learning_rates={"SEQ_CLS": (1e-3, "ours: all-MiniLM-L6-v2 on sentence polarity, benchmarks/README.md")},

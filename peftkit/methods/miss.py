@@ -62,6 +62,7 @@ MISS = Method(
     targets="query_value",
     linear_only=True,
     other_layers=("hqq",),
+    size_fields=("r",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 48.7% at 1e-4, 50.4% with `bat`",
     check=_check,

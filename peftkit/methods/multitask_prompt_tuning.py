@@ -66,6 +66,7 @@ MULTITASK_PROMPT_TUNING = Method(
     not_mergeable=NO_WEIGHTS,
     num_tasks_field="num_tasks",
     virtual_tokens=lambda section: section.num_virtual_tokens,
+    size_fields=("num_virtual_tokens",),
     learning_rate=0.1,
     learning_rate_source="ours, one seed: 80 steps of a 5.4M-parameter Llama on answers in capitals, held-out loss "
     "from 4.22 to 3.90 at 1e-2, 3.79 at 3e-2, 3.59 at 0.1, 3.48 at 0.3; below the best, the highest tried",

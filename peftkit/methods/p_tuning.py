@@ -44,6 +44,7 @@ P_TUNING = Method(
     peft_config="PromptEncoderConfig",
     not_mergeable=NO_WEIGHTS,
     virtual_tokens=lambda section: section.num_virtual_tokens,
+    size_fields=("encoder_hidden_size",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 35.0% at 1e-4",
     left_out=SET_FROM_MODEL,

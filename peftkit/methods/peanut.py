@@ -64,6 +64,7 @@ PEANUT = Method(
     why_not_quantized="its network reads the weights, and PEFT hands it the quantised codes",
     targets="query_value",
     linear_only=True,
+    size_fields=("r",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 44.9% at 1e-4, with scaling 2",
     check=check_targets,

@@ -52,6 +52,7 @@ POLY = Method(
     num_tasks_field="n_tasks",
     other_layers=("torchao",),
     not_compilable="torch.compile breaks off in its layers",
+    size_fields=("r",),
     learning_rate=1e-3,
     learning_rate_source="the authors' settings for T0 tasks (microsoft/mttl, configs/t0/poly_lora_sota.json): 1e-3",
     check=_check,

@@ -60,6 +60,7 @@ PREFIX_TUNING = Method(
     why_not=NO_CACHE,
     not_mergeable=NO_WEIGHTS,
     virtual_tokens=lambda section: section.num_virtual_tokens,
+    size_fields=("num_virtual_tokens",),
     learning_rate=5e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 18.6% at 1e-3, 35.8% at 5e-3 with "
     "`init_weights: zero`, 41.6% at 5e-3 from a text",

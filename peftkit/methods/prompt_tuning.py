@@ -43,6 +43,7 @@ PROMPT_TUNING = Method(
     peft_config="PromptTuningConfig",
     not_mergeable=NO_WEIGHTS,
     virtual_tokens=lambda section: section.num_virtual_tokens,
+    size_fields=("num_virtual_tokens",),
     learning_rate=1e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 5.7% at 1e-4, 23.4% at 1e-3, "
     "34.3% at 1e-3 with SAMPLE_VOCAB",

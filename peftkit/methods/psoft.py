@@ -77,6 +77,7 @@ PSOFT = Method(
     why_not_quantized="it takes the singular value decomposition of the weights",
     targets="query_value",
     linear_only=True,
+    size_fields=("r", "psoft_alpha"),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 44.9% at 1e-4",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

@@ -49,6 +49,7 @@ SHIRA = Method(
     targets="query_value",
     linear_only=True,
     not_compilable="torch.compile breaks off in its layers",
+    size_fields=("r",),
     learning_rate=3e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 51.0% at 3e-4",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

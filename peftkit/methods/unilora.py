@@ -52,6 +52,7 @@ UNILORA = Method(
     quantizations=(),
     why_not_quantized="PEFT rounds the scales of its entries to whole numbers there, which makes its gradient zero",
     targets="query_value",
+    size_fields=("theta_d_length",),
     learning_rate=2e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 0.2% at 1e-4, "
     "40.8% at 2e-3 with theta_d_length 131072",

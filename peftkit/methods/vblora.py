@@ -56,6 +56,7 @@ VBLORA = Method(
     targets="query_value",
     other_layers=("torchao",),
     not_compilable="torch.compile breaks off in its layers",
+    size_fields=("num_vectors",),
     learning_rate=5e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 33.4% at 1e-4, "
     "40.1% at 5e-4 with 1024 vectors",

@@ -66,6 +66,7 @@ WAVEFT = Method(
     targets="query_value",
     other_layers=("torchao",),
     not_compilable="torch.compile breaks off in its layers",
+    size_fields=("n_frequency",),
     learning_rate=1e-4,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 40.3% at 1e-4, with n_frequency 5000",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

@@ -30,6 +30,11 @@ _MEMBER_NAMES = (
     "list",
     "none",
 )
+# Two ways to say how long a run is: an override of one takes the place of the other that the file has.
+_REPLACES: dict[str, Key] = {
+    "training.max_steps": ("training", "num_train_epochs"),
+    "training.num_train_epochs": ("training", "max_steps"),
+}
 _YAML_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -172,6 +177,8 @@ def _override(data: dict[str, Any], places: dict[Key, str], text: str) -> Iterab
         return
     if keys == ["adapter", "method"] and str(target.get("method")).lower() != str(parsed).lower():
         target.clear()  # the fields of another method mean nothing to this one
+    if (other := _REPLACES.get(name.strip())) and not places.get(other, "").startswith("--set"):
+        target.pop(other[-1], None)
     target[key[-1]] = parsed
     for inner in [other for other in places if other[: len(key)] == key]:
         del places[inner]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from peftkit.engine.lock import lock
 from peftkit.errors import RecipeError
+from peftkit.lock import lock
 from peftkit.run import Run, write_json
 from tests.runs import run_cli, tiny_recipe, train
 
@@ -36,7 +36,7 @@ def taken(run: Run, *, force: bool = False) -> list[str]:
 def test_a_lock_that_is_held_is_refused_with_who_holds_it(run: Run) -> None:
     with lock(run, print, force=False), pytest.raises(RecipeError) as refused:
         taken(run, force=True)
-    assert f"is being trained by process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
+    assert f"is in use by process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
     assert taken(run) == []
 
 
@@ -50,7 +50,7 @@ def test_the_lock_of_a_killed_process_is_noted_and_replaced(run: Run) -> None:
     program = f"""
 import os
 from pathlib import Path
-from peftkit.engine.lock import lock
+from peftkit.lock import lock
 from peftkit.run import Run
 with lock(Run(Path({str(run.dir)!r})), print, force=False):
     os.kill(os.getpid(), 9)
@@ -72,7 +72,7 @@ def test_a_process_that_runs_holds_its_lock_without_the_system_s_help(run: Run) 
     with lock(run, print, force=False):
         own = json.loads(run.lock_path.read_text())
     write_json(run.lock_path, own | {"note": "as another tool would write it"})
-    with pytest.raises(RecipeError, match=f"is being trained by process {os.getpid()}"):
+    with pytest.raises(RecipeError, match=f"is in use by process {os.getpid()}"):
         taken(run)
 
 
@@ -91,5 +91,5 @@ def test_a_second_run_in_one_directory_is_refused_and_changes_nothing(models_dir
     (tmp_path / "run/status.json").write_text('{"state": "training", "step": 3}')
     with lock(Run(tmp_path / "run"), print, force=False):
         result = run_cli("train", recipe, "--output", tmp_path / "run", "--resume", "--force")
-    assert (result.code, f"is being trained by process {os.getpid()}" in result.err) == (2, True)
+    assert (result.code, f"is in use by process {os.getpid()}" in result.err) == (2, True)
     assert json.loads((tmp_path / "run/status.json").read_text()) == {"state": "training", "step": 3}

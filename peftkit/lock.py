@@ -68,7 +68,7 @@ def _replace(run: Run, holder: dict[str, Any], note: Callable[[str], None], forc
 
 def _taken(run: Run, holder: dict[str, Any]) -> str:
     who = f"process {holder['pid']} on {holder['host']}" if "pid" in holder and "host" in holder else "another process"
-    return f"{run.dir} is being trained by {who}"
+    return f"{run.dir} is in use by {who}"
 
 
 def _read(path: Path) -> dict[str, Any]:
