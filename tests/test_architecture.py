@@ -30,6 +30,7 @@ ORDER = (
     "resolved",
     "run",
     "environment",
+    "report",
     "stop",
     "worker",
     "machines",

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, recipes, reference, training
+from peftkit.cli import adapters, recipes, reference, reports, training
 
 # Looking for pydantic plugins means reading the metadata of every installed package; a recipe needs none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -36,6 +36,7 @@ COMMANDS = (
     adapters.infer,
     adapters.merge,
     adapters.convert,
+    reports.report,
     reference.methods,
     reference.explain,
     reference.schema,

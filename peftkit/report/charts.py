@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from peftkit.report.facts import finite
+from peftkit.report.show import NOTHING
 
-MAX_POINTS = 2400  # of all lines of a chart: what a file of a few hundred kilobytes can hold
+MAX_POINTS = 1600  # of all lines of a chart: what a file of a few hundred kilobytes can hold
 FULL = 1000  # side of the plot in units of its SVG
 TABLE_ROWS = 12  # of the table behind a chart
 
@@ -63,31 +65,15 @@ class Chart:
     smooths: bool = False
     wide: bool = False
 
-    @property
+    @cached_property
     def x(self) -> tuple[float, float]:
         """First and last step."""
         steps = [point[0] for line in self.lines for point in line.points]
         return (min(steps), max(steps)) if min(steps) < max(steps) else (min(steps) - 1, max(steps) + 1)
 
-    @property
-    def log_y(self) -> tuple[float, float] | None:
-        """Lowest and highest value as logarithms to base 10; None where not all values are positive, or they hardly differ."""
-        values = [y for line in self.lines for _, y in line.points if y is not None]
-        low, high = min(values), max(values)
-        if low <= 0 or high < 2 * low:
-            return None
-        margin = 0.04 * math.log10(high / low)
-        return math.log10(low) - margin, math.log10(high) + margin
-
     def ticks(self) -> list[dict[str, Any]]:
-        """Ticks of both scales of y: place in percent from below, text, and the scale's name."""
-        found = [(tick, tick, "linear", self.y) for tick in nice_ticks(*self.y)]
-        if self.log_y is not None:
-            found += [(math.log10(tick), tick, "log", self.log_y) for tick in log_ticks(*self.log_y)]
-        return [
-            {"at": round(100 * share(place, limits), 2), "text": short(value), "scale": scale}
-            for place, value, scale, limits in found
-        ]
+        """Ticks of y: place in percent from below, and text."""
+        return [{"at": round(100 * share(tick, self.y), 2), "text": short(tick)} for tick in nice_ticks(*self.y)]
 
     def steps(self) -> list[dict[str, Any]]:
         """Ticks of x."""
@@ -95,18 +81,20 @@ class Chart:
         return [{"at": round(100 * share(tick, self.x), 2), "text": f"{tick:,.0f}"} for tick in ticks]
 
     def path(self, line: Line) -> str:
-        """A line as SVG path data; a lone point is a line of no length, which round ends make a dot."""
+        """A line as SVG path data; two points, such as before and after, are dots alone: nothing is known between them."""
         parts, pen = [], "M"
+        if len(line.points) < 3:
+            return ""
         for x, y in line.points:
             if y is None:
                 pen = "M"
                 continue
             parts.append(f"{pen}{self._at(x, y)}")
             pen = "L"
-        return "".join(parts) + ("h0" if len(line.points) == 1 else "")
+        return "".join(parts)
 
     def dots(self, line: Line) -> str:
-        """Dots at the points, where they are few."""
+        """Dots at the points, where they are few: lines of no length, which round ends make dots at any stretch."""
         points = [(x, y) for x, y in line.points if y is not None]
         return "".join(f"M{self._at(x, y)}h0" for x, y in points) if len(points) <= 40 else ""
 
@@ -125,7 +113,7 @@ class Chart:
             line.key: {"label": line.label, "x": [x for x, _ in line.points], "y": [_rounded(y) for _, y in line.points]}
             for line in self.lines
         }
-        return {"x": self.x, "y": self.y, "log": self.log_y, "unit": self.unit, "lines": lines}
+        return {"x": self.x, "y": self.y, "lines": lines}
 
     def table(self) -> list[list[str]]:
         """Rows of a table of the chart: a step, and the value of every line there or next before."""
@@ -134,7 +122,7 @@ class Chart:
         rows = []
         for step in dict.fromkeys(chosen if len(steps) > TABLE_ROWS else steps):
             values = [next((y for x, y in reversed(line.points) if x <= step), None) for line in self.lines]
-            rows.append([f"{step:,.0f}", *("–" if value is None else f"{value:.4g}" for value in values)])
+            rows.append([f"{step:,.0f}", *(NOTHING if value is None else f"{value:.4g}" for value in values)])
         return rows
 
 
@@ -228,5 +216,5 @@ def mean_of(lines: Sequence[list[Point]]) -> tuple[list[Point], list[tuple[float
     tables = [{x: y for x, y in points if y is not None} for points in lines]
     shared = sorted(set.intersection(*map(set, tables))) if tables else []
     rows = [(x, [table[x] for table in tables]) for x in shared]
-    mean = [(x, sum(values) / len(values)) for x, values in rows]
+    mean: list[Point] = [(x, sum(values) / len(values)) for x, values in rows]
     return mean, [(x, min(values), max(values)) for x, values in rows] if len(tables) > 1 else []

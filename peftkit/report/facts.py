@@ -1,4 +1,4 @@
-"""What a run directory says of a run, read without trust: a run may be unfinished, killed in the middle of a line, or damaged."""
+"""What a run directory says, read without trust: a run may be unfinished, killed in the middle of a line, or damaged."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def _scores(lines: Sequence[Json]) -> dict[str, list[tuple[int, dict[str, float]
 def _kept_step(lines: Sequence[Json]) -> int | None:
     """At its end a run evaluates what it keeps: an evaluation of an earlier step, after the last training line."""
     last = max((line["step"] for line in lines if "loss" in line and is_number(line.get("step"))), default=0)
-    step = lines[-1].get("step") if lines and "metrics" in lines[-1] else None
-    return int(step) if is_number(step) and 0 < step < last else None
+    step = finite(lines[-1].get("step")) if lines and "metrics" in lines[-1] else None
+    return int(step) if step is not None and 0 < step < last else None
 
 
 def _evaluation(run: Run, split: str, bad: list[str]) -> Evaluation:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from peftkit import __version__
 from peftkit.report import show
 from peftkit.report.changes import changes, differing
+from peftkit.report.charts import Chart
 from peftkit.report.comparison import Comparison
 from peftkit.report.curves import overlay, run_charts
 from peftkit.report.examples import confusion, examples
@@ -28,28 +29,37 @@ COLOURS = 8  # that style.css has; later lines are dashed in the same ones
 
 def render(runs: Sequence[RunFacts], comparisons: Sequence[Comparison]) -> str:
     """One HTML document of some runs, or comparisons, or both."""
-    charts = (run_charts(runs[0]) if len(runs) == 1 else overlay(runs)) if runs else []
-    drawn = [*charts, *(chart for found in comparisons for chart in found.charts)]
+    drawn = charts_of(runs, comparisons)
     names = [facts.name for facts in runs] + [str(found.facts.get("name") or found.folder.name) for found in comparisons]
-    return _templates().get_template("page.html").render(
-        title=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
-        version=__version__,
-        written=time.strftime("%Y-%m-%d %H:%M"),
-        runs=runs,
-        charts=charts,
-        comparisons=comparisons,
-        differences=differing(runs) if len(runs) > 1 else {},
-        columns=_columns(runs),
-        data=script_json({chart.name: chart.data() for chart in drawn}),
-        style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
-        script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            title=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+            version=__version__,
+            written=time.strftime("%Y-%m-%d %H:%M"),
+            runs=runs,
+            charts=drawn[: len(drawn) - sum(len(found.charts) for found in comparisons)],
+            comparisons=comparisons,
+            differences=differing(runs) if len(runs) > 1 else {},
+            columns=_columns(runs),
+            data=script_json({chart.name: chart.data() for chart in drawn}),
+            style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),  # our own file
+            script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),  # our own file
+        )
     )
+
+
+def charts_of(runs: Sequence[RunFacts], comparisons: Sequence[Comparison]) -> list[Chart]:
+    """All charts of a page: those of the runs, then those of the comparisons."""
+    charts = run_charts(runs[0]) if len(runs) == 1 else overlay(runs)
+    return [*charts, *(chart for found in comparisons for chart in found.charts)]
 
 
 def script_json(data: Any) -> Markup:
     """JSON that can stand in a script element: `<` could end it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c"))  # noqa: S704 - nothing is left of it that is markup
+    return Markup(text.replace("<", "\\u003c"))  # nothing is left of it that is markup
 
 
 def headline(facts: RunFacts) -> list[tuple[str, str, str]]:
@@ -60,7 +70,9 @@ def headline(facts: RunFacts) -> list[tuple[str, str, str]]:
         name, _ = metric_of(facts, split)
         before = facts.first_scores.get(split, {}).get(name)
         value = facts.last_scores[split].get(name)
-        found.append((f"{show.label_of(name)}, {split}", show.show(value), f"{show.show(before)} before" if before is not None else ""))
+        found.append(
+            (f"{show.label_of(name)}, {split}", show.show(value), f"{show.show(before)} before" if before is not None else "")
+        )
     loss = facts.steps[-1].get("loss") if facts.steps else None
     found.append(("Training loss", show.show(loss), f"step {facts.num_steps:,}"))
     parameters = mapping(facts.environment.get("parameters"))

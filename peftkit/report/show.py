@@ -6,15 +6,17 @@ import json
 import math
 from typing import Any
 
+NOTHING = "\N{EN DASH}"  # for what is not known
+
 
 def show(value: Any) -> str:
     """A value in a table: whole numbers with separators, others with four digits, the rest as JSON or text."""
     if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
+        return {True: "yes", False: "no", None: NOTHING}[value]
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return show(int(value)) if value.is_integer() and 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}".replace("e-0", "e-")
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
 
 
@@ -26,15 +28,17 @@ def show_yaml(value: Any) -> str:
 def show_bytes(size: Any) -> str:
     """A size in the unit that fits."""
     if not isinstance(size, int | float) or not size:
-        return "–"
+        return NOTHING
     power = min(int(math.log(size, 1024)), 3)
-    return f"{size:.0f} B" if power == 0 else f"{size / 1024**power:.{2 if power == 3 else 1}f} {('KiB', 'MiB', 'GiB')[power - 1]}"
+    return (
+        f"{size:.0f} B" if power == 0 else f"{size / 1024**power:.{2 if power == 3 else 1}f} {('KiB', 'MiB', 'GiB')[power - 1]}"
+    )
 
 
 def show_seconds(seconds: Any) -> str:
     """A duration in the units that fit."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return "–"
+        return NOTHING
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

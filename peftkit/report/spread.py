@@ -37,7 +37,7 @@ def intervals(found: Comparison) -> Json:
 
 
 def pareto(found: Comparison) -> Json:
-    """Metric against trained parameters (logarithmic) in percent of the plot, the variants that none beats in both, and ticks."""
+    """Metric against trained parameters (logarithmic) in percent of the plot, those that no smaller one equals, and ticks."""
     points = []
     for variant in found.variants:
         size, value = (finite(variant.figure(name).get("mean")) for name in ("trainable_params", found.metric))
@@ -46,11 +46,15 @@ def pareto(found: Comparison) -> Json:
     if len(points) < 2:
         return {}
     x, y = _limits([at for _, at, _ in points], 0.08), _limits([value for *_, value in points], 0.12)
-    placed = [{"variant": variant, "x": _percent(at, x), "y": _percent(value, y)} for variant, at, value in points]
-    front = sorted((point for point in placed if point["variant"].facts.get("pareto")), key=lambda point: point["x"])
+    placed: list[Json] = [{"variant": variant, "x": _percent(at, x), "y": _percent(value, y)} for variant, at, value in points]
+    sign = 1 if found.facts.get("greater_is_better", True) else -1
+    front: list[Json] = []
+    for point in sorted(placed, key=lambda point: (point["x"], -sign * point["y"])):
+        if not front or sign * (point["y"] - front[-1]["y"]) > 0:
+            front.append(point)
     sizes = [tick for tick in log_ticks(*x) if x[1] - x[0] < 2 or math.log10(tick).is_integer()]
     return {
-        "points": placed,
+        "points": [{**point, "is_best": point in front} for point in placed],
         "front": " ".join(f"{point['x']},{100 - point['y']:.2f}" for point in front),
         "x": _ticks(sizes, x, math.log10),
         "y": _ticks(nice_ticks(*y), y),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,9 +29,10 @@ class Remark:
 
 
 def verdict(facts: RunFacts) -> list[Remark]:
-    """How the run ended, then everything about it that is odd."""
-    parts = (_ending, _numbers, _gain, _learning, _classes, _rows, _memory, _files)
-    return [remark for part in parts for remark in part(facts)]
+    """How the run ended, then everything about it that is odd, the worst first."""
+    parts = (_numbers, _gain, _learning, _classes, _rows, _memory, _files)
+    remarks = [remark for part in parts for remark in part(facts)]
+    return [*_ending(facts), *sorted(remarks, key=lambda remark: ("bad", "odd", "good", "note").index(remark.level))]
 
 
 def _ending(facts: RunFacts) -> Iterator[Remark]:
@@ -88,19 +88,23 @@ def _learning(facts: RunFacts) -> Iterator[Remark]:
     tenth = max(1, len(losses) // 10)
     if len(losses) >= 5 and sum(losses[-tenth:]) >= sum(losses[:tenth]):
         yield Remark("bad", f"The training loss did not fall: {show(losses[0])} at first, {show(losses[-1])} at last.")
-    scores = [(step, value) for step, row in facts.scores.get("validation", []) if (value := finite(row.get("loss"))) is not None]
+    scores = [
+        (step, value) for step, row in facts.scores.get("validation", []) if (value := finite(row.get("loss"))) is not None
+    ]
     if len(scores) >= 3:
         (best, lowest), (last, final) = min(scores, key=lambda score: score[1]), scores[-1]
         if best < last and final > lowest * (1 + OVERFIT):
             rise = f"{final / lowest - 1:.0%}" if lowest > 0 else show(final - lowest)
-            yield Remark("odd", f"The validation loss was lowest at step {best:,} and rose by {rise} until the end: overfitting.")
+            yield Remark(
+                "odd", f"The validation loss was lowest at step {best:,} and rose by {rise} until the end: overfitting."
+            )
     if facts.kept_step is not None:
         yield Remark("note", f"The adapter of step {facts.kept_step:,} was kept, the best on validation rows.")
 
 
 def _classes(facts: RunFacts) -> Iterator[Remark]:
     for evaluation in facts.evaluations:
-        table = mapping(evaluation.metrics.get("by_class"))
+        table = {name: mapping(row) for name, row in mapping(evaluation.metrics.get("by_class")).items()}
         missed = [name for name, row in table.items() if row.get("num_rows") and not row.get("recall")]
         if missed:
             more = f" and {len(missed) - MAX_NAMED} more" if len(missed) > MAX_NAMED else ""

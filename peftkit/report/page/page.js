@@ -11,6 +11,11 @@ const hidden = new Set();
 const number = (value) =>
   value === null ? "–" : Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
 
+const short = (value) => {
+  for (const [size, letter] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) if (Math.abs(value) >= size) return Number((value / size).toPrecision(4)) + letter;
+  return value && Math.abs(value) < 1e-3 ? value.toExponential(1).replace(".0e", "e") : String(Number(value.toPrecision(4)));
+};
+
 // Exponential moving average, without the pull towards its start (Kingma and Ba 2014, arXiv:1412.6980, section 3).
 function smoothed(values, weight) {
   let sum = 0;
@@ -23,21 +28,43 @@ function smoothed(values, weight) {
   });
 }
 
+// Multiples of 1, 2 or 5 times a power of ten, about four of them; logarithms: powers of ten, and their double and fivefold.
+function ticksOf([low, high], isLog) {
+  if (isLog) {
+    const factors = high - low > 3 ? [1] : [1, 2, 5];
+    const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, at) => 10 ** (Math.floor(low) + at));
+    return powers.flatMap((power) => factors.map((factor) => factor * power))
+      .filter((tick) => Math.log10(tick) >= low && Math.log10(tick) <= high);
+  }
+  const unit = 10 ** Math.floor(Math.log10((high - low) / 4));
+  const off = (factor) => Math.abs((high - low) / (unit * factor) - 4);
+  const step = unit * [1, 2, 5, 10].reduce((best, factor) => (off(factor) < off(best) ? factor : best));
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, at) => Number(((first + at) * step).toPrecision(12)));
+}
+
 class Chart {
   constructor(figure, data) {
-    Object.assign(this, { figure, data, weight: 0, isLog: false, place: -1 });
+    Object.assign(this, { figure, data, weight: 0, isLog: false, place: -1, y: data.y });
     this.area = figure.querySelector(".area");
     this.steps = [...new Set(Object.values(data.lines).flatMap((line) => line.x))].sort((a, b) => a - b);
-    this.tools = figure.querySelector(".tools");
+    this.settings = figure.querySelector(".settings");
     if ("smooths" in figure.dataset) this.addSmoothing();
-    if (data.log) this.addScale();
+    const values = this.values();
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    if (low > 0 && high > low * (high > 1 ? 3 : 100)) this.addScale(); // shares are read better as they are
     this.addReading();
+  }
+
+  values() {
+    const lines = Object.entries(this.data.lines).filter(([key]) => !hidden.has(key));
+    return lines.flatMap(([, line]) => line.y).filter((value) => value !== null);
   }
 
   addSmoothing() {
     const slider = make("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: 0 });
     slider.addEventListener("input", () => { this.weight = Number(slider.value); this.draw(); });
-    this.tools.append(make("label", {}, "Smoothing", slider));
+    this.settings.append(make("label", {}, "Smoothing", slider));
   }
 
   addScale() {
@@ -47,20 +74,49 @@ class Chart {
       this.isLog = !this.isLog;
       button.setAttribute("aria-pressed", String(this.isLog));
       this.figure.classList.toggle("is-log", this.isLog);
-      this.draw();
+      this.rescale();
     });
-    this.tools.append(button);
+    this.settings.append(button);
+  }
+
+  // The axis is that of the lines that are shown; with all of them it is the one that the page came with.
+  rescale() {
+    const values = this.values();
+    const isWhole = !Object.keys(this.data.lines).some((key) => hidden.has(key));
+    if (values.length && (this.isLog || !isWhole)) {
+      const scaled = this.isLog ? values.map(Math.log10) : values;
+      const [low, high] = [Math.min(...scaled), Math.max(...scaled)];
+      const margin = 0.04 * (high - low) || Math.abs(low) / 2 || 1;
+      this.y = [!this.isLog && low >= 0 && low <= (high - low) / 2 ? 0 : low - margin, high + margin];
+    } else {
+      this.y = this.data.y;
+    }
+    const ticks = ticksOf(this.y, this.isLog).map((tick) => [tick, this.up(tick)]);
+    const labels = ticks.map(([tick, at]) => {
+      const label = make("span", { textContent: short(tick) });
+      label.style.bottom = `${100 * at}%`;
+      return label;
+    });
+    this.figure.querySelector(".y").replaceChildren(...labels);
+    for (const line of all(".grid", this.figure)) line.remove();
+    for (const [, at] of ticks) {
+      const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+      line.setAttribute("class", "grid");
+      line.setAttribute("d", `M0 ${1000 * (1 - at)}H1000`);
+      this.area.querySelector("svg").prepend(line);
+    }
+    const [stretch, shift] = [(this.data.y[1] - this.data.y[0]) / (this.y[1] - this.y[0]), this.up(this.data.y[1])];
+    for (const band of all(".band", this.figure)) band.setAttribute("transform", `matrix(1 0 0 ${stretch} 0 ${1000 * (1 - shift)})`);
+    this.draw();
   }
 
   across(x) { return (x - this.data.x[0]) / (this.data.x[1] - this.data.x[0]); }
 
-  up(y) {
-    const [low, high] = this.isLog ? this.data.log : this.data.y;
-    return ((this.isLog ? Math.log10(y) : y) - low) / (high - low);
-  }
+  up(y) { return ((this.isLog ? Math.log10(y) : y) - this.y[0]) / (this.y[1] - this.y[0]); }
 
   path(xs, ys, dots) {
     let pen = "M";
+    if (!dots && xs.length < 3) return "";
     return xs.map((x, at) => {
       if (ys[at] === null) { pen = "M"; return ""; }
       const point = `${Math.round(1000 * this.across(x))} ${(1000 * (1 - this.up(ys[at]))).toFixed(1)}`;
@@ -68,7 +124,7 @@ class Chart {
       const part = pen + point;
       pen = "L";
       return part;
-    }).join("") + (xs.length === 1 ? "h0" : "");
+    }).join("");
   }
 
   draw() {
@@ -147,10 +203,11 @@ class Chart {
 
 function switchLine(key) {
   hidden.has(key) ? hidden.delete(key) : hidden.add(key);
-  for (const element of all(`[data-key="${key}"]`)) {
+  for (const element of all(`[data-key="${CSS.escape(key)}"]`)) {
     if (element.matches("button")) element.setAttribute("aria-pressed", String(!hidden.has(key)));
     else element.classList.toggle("is-off", hidden.has(key));
   }
+  for (const chart of charts) if (key in chart.data.lines) chart.rescale();
 }
 
 function sortBy(table, column, header) {
@@ -202,7 +259,7 @@ function placeLabels(area) {
   }
 }
 
-for (const figure of all("[data-chart]")) new Chart(figure, CHARTS[figure.dataset.chart]);
+const charts = all("[data-chart]").map((figure) => new Chart(figure, CHARTS[figure.dataset.chart]));
 for (const button of all("button.key")) button.addEventListener("click", () => switchLine(button.dataset.key));
 for (const table of all("table[data-sort]")) {
   all("thead th", table).forEach((header, column) => {
