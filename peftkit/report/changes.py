@@ -68,7 +68,7 @@ def _differs(key: KeyInfo, value: Any) -> bool:
 
 def _origin(path: str, written: Json, facts: RunFacts) -> str:
     """A key below one that is written, such as `data.train.path` below `data.train`, is written too."""
-    arguments = [str(argument).removeprefix("--set=") for argument in facts.environment.get("argv", [])]
+    arguments = [str(argument).removeprefix("--set=") for argument in facts.environment.get("argv") or []]
     names = path.split(".")
     stems = [".".join(names[:count]) for count in range(1, len(names) + 1)]
     if any(argument.startswith(f"{stem}=") for stem in stems for argument in arguments):

@@ -135,7 +135,7 @@ def chart(name: str, title: str, lines: Sequence[Line], *, unit: str = "", **opt
     longest = max(len(line.points) for line in drawn)
     note = options.pop("note", "")
     if longest > limit:
-        note += f" Of {longest:,} points, the lowest and highest of each of {limit // 2} stretches are drawn."
+        note += f" {longest:,} points, drawn as the lowest and the highest of {limit // 2} stretches."
     thinned = [Line(line.key, line.label, thin(line.points, limit), line.colour, _few(line.band, limit)) for line in drawn]
     values = [y for line in thinned for _, y in line.points if y is not None]
     values += [edge for line in thinned for _, *edges in line.band for edge in edges]

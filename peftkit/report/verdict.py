@@ -93,7 +93,7 @@ def _learning(facts: RunFacts) -> Iterator[Remark]:
     ]
     if len(scores) >= 3:
         (best, lowest), (last, final) = min(scores, key=lambda score: score[1]), scores[-1]
-        if best < last and final > lowest * (1 + OVERFIT):
+        if 0 < best < last and final > lowest * (1 + OVERFIT):
             rise = f"{final / lowest - 1:.0%}" if lowest > 0 else show(final - lowest)
             yield Remark(
                 "odd", f"The validation loss was lowest at step {best:,} and rose by {rise} until the end: overfitting."

@@ -54,6 +54,7 @@ class Chart {
     const [low, high] = [Math.min(...values), Math.max(...values)];
     if (low > 0 && high > low * (high > 1 ? 3 : 100)) this.addScale(); // shares are read better as they are
     this.addReading();
+    if (this.weight) this.draw();
   }
 
   values() {
@@ -62,8 +63,9 @@ class Chart {
   }
 
   addSmoothing() {
-    const slider = make("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: 0 });
+    const slider = make("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: this.steps.length > 200 ? 0.9 : 0 });
     slider.addEventListener("input", () => { this.weight = Number(slider.value); this.draw(); });
+    this.weight = Number(slider.value);
     this.settings.append(make("label", {}, "Smoothing", slider));
   }
 
@@ -246,7 +248,7 @@ function placeLabels(area) {
   for (const { label, x, y } of points) {
     const { width, height } = label.getBoundingClientRect();
     const places = [];
-    for (const far of [0, 14, 28, 42]) {
+    for (const far of [0, 9, 18, 27, 36, 48, 60]) {
       places.push([10, -height / 2 - far], [10, -height / 2 + far], [-width - 10, -height / 2 - far], [-width - 10, -height / 2 + far]);
       places.push([-width / 2, -height - 8 - far], [-width / 2, 8 + far]);
     }
