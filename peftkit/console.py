@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,6 +88,21 @@ def print_bars(title: str, bars: Sequence[tuple[str, int]]) -> None:
     for name, count in bars:
         length = round(40 * count / highest) if highest else 0
         print_text(f"  {name:>{width}} {'#' * length}{' ' if length else ''}{count:,}")
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Numbers as a row of bars from lowest to highest; `!` where one is not finite; ASCII where blocks cannot be written."""
+    blocks = "▁▂▃▄▅▆▇█"
+    try:
+        blocks.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        blocks = "_.-~=+*#"
+    count = min(width, len(values))
+    parts = [values[number * len(values) // count : (number + 1) * len(values) // count] for number in range(count)]
+    means = [sum(part) / len(part) for part in parts]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, room = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0) or 1.0
+    return "".join(blocks[round(7 * (mean - low) / room)] if math.isfinite(mean) else "!" for mean in means)
 
 
 _STYLES = {"learned": "bold green", "special": "dim cyan", "plain": ""}

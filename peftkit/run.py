@@ -266,10 +266,24 @@ class Run:
         """The final or best adapter; loads with peft alone."""
         return self.dir / "adapter"
 
+    @property
+    def report_path(self) -> Path:
+        """What `peftkit report` says of the run, one HTML file."""
+        return self.dir / "report.html"
+
     def evaluation_paths(self, split: str) -> tuple[Path, Path]:
         """Metrics and predictions of a split."""
         folder = self.dir / "evaluations"
         return folder / f"{split}.json", folder / f"{split}.predictions.jsonl"
+
+    def evaluated_splits(self) -> list[str]:
+        """The splits, and names of files, that have been evaluated."""
+        ending = ".predictions.jsonl"
+        return sorted(path.name.removesuffix(ending) for path in (self.dir / "evaluations").glob(f"*{ending}"))
+
+    def comparison_path(self, split: str) -> Path:
+        """How the adapter and its base do on a split, beside each other."""
+        return self.dir / "evaluations" / f"{split}.comparison.json"
 
     @property
     def template_date(self) -> str | None:

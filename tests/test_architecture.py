@@ -31,6 +31,7 @@ ORDER = (
     "run",
     "lock",
     "environment",
+    "report",
     "stop",
     "worker",
     "machines",

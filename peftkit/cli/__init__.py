@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, comparing, recipes, reference, training
+from peftkit.cli import adapters, comparing, recipes, reference, reports, training
 
 # Looking for pydantic plugins means reading the metadata of every installed package; a recipe needs none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -38,6 +38,7 @@ COMMANDS = (
     adapters.infer,
     adapters.merge,
     adapters.convert,
+    reports.report,
     reference.methods,
     reference.explain,
     reference.schema,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit import console
 from peftkit.engine.adapter import attach_adapter, trainable_state
+from peftkit.engine.blueprint import parameters_by_module
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
 from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
@@ -38,6 +39,7 @@ from peftkit.launch import launch_options, worker_arguments, worker_sharding
 from peftkit.lock import lock
 from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
+from peftkit.report import write_report
 from peftkit.run import Run, remove_leftovers, run_to_continue, write_text
 from peftkit.stop import stops_at_once
 from peftkit.tasks.example import Example, Runtime
@@ -82,7 +84,9 @@ def environment_of(found: Survey) -> dict[str, Any]:
     """What environment.json says of the run."""
     model = model_fingerprint(base_of(found.plan), found.blueprint.config)
     facts = environment(found.plan, found.data.fingerprints | {"model": model})
-    return facts | {"template_date": found.data.encoding.template_date}
+    counts = {"trainable": found.blueprint.trainable_params, "all": found.blueprint.all_params}
+    parameters = counts | {"by_module": parameters_by_module(found.blueprint.model)}
+    return facts | {"template_date": found.data.encoding.template_date, "rows": found.data.report, "parameters": parameters}
 
 
 def _begin(run: Run, found: Survey, reporter: console.LineReporter, forced: list[str]) -> None:
@@ -154,7 +158,11 @@ def train_and_report(loaded: LoadedRecipe, output: Path | None, *, as_json: bool
     console.print_text(
         f"certificate passed: after reload into a fresh base, logits differ by at most {certificate['max_abs_diff']:.3g}"
     )
+    if losses := [line["loss"] for line in Run(Path(result["run_dir"])).read_training_lines()]:
+        console.print_text(f"loss: {losses[0]:.4g} {console.sparkline(losses)} {losses[-1]:.4g}")
     console.print_text(f"adapter: {result['run_dir']}/adapter")
+    if result["report"]:
+        console.print_text(f"report: {result['report']}")
 
 
 def _print_metrics(after: dict[str, Any], before: dict[str, Any]) -> None:
@@ -188,6 +196,7 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
         summary["certificate"] = _certify(found, trainer, reference, metrics)
         summary |= _memory(found, reporter)
         run.write_status("done", step=trainer.progress.step, summary=summary)
+        summary["report"] = _report(run, reporter)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return summary
@@ -268,6 +277,15 @@ def _memory(found: Survey, reporter: console.LineReporter) -> dict[str, int | No
         reporter.note(f"note: the plan for the memory could not be made: {type(error).__name__}: {error}")
         predicted = None
     return {"peak_memory_bytes": measured, "predicted_memory_bytes": predicted}
+
+
+def _report(run: Run, reporter: console.LineReporter) -> str | None:
+    """Write the run's page; what is wrong with it cannot fail a run that is trained and certified, and is noted."""
+    try:
+        return str(write_report([run.dir], run.report_path))
+    except Exception as error:
+        reporter.note(f"note: the report could not be written: {type(error).__name__}: {error}")
+        return None
 
 
 def training_context(plan: Plan, tokenizer: Any, runtime: Runtime, data: Data) -> Context:

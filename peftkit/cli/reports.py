@@ -1,0 +1,27 @@
+"""Commands that show what runs came to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftkit.cli.options import AsJson
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of `compare` and `sweep`.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The HTML file; default: report.html in the run, or here for several.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the curves here too, a PNG file each.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file that tells what runs came to."""
+    from peftkit import console
+    from peftkit.commands import report as command
+
+    with console.problems_as_json(as_json):
+        result = command.report(runs, output, png)
+    console.print_json(result) if as_json else command.print_report(result)
