@@ -46,7 +46,6 @@ PVERA = Method(
     peft_config="PveraConfig",
     targets="query_value",
     other_layers=("torchao",),
-    size_fields=("r",),
     learning_rate=3e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 35.3% at 3e-3, 35.6% with r 64",
     left_out={

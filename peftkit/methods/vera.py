@@ -46,7 +46,6 @@ VERA = Method(
     peft_config="VeraConfig",
     targets="query_value",
     other_layers=("hqq",),
-    size_fields=("r",),
     learning_rate=1e-3,
     learning_rate_source="PEFT's method comparison (Llama-3.2-3B, MetaMathQA to GSM8K): 35.4% at 1e-3",
     left_out={"fan_in_fan_out": "PEFT finds it out by itself"},

@@ -30,7 +30,7 @@ def recipe(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four methods with two seeds, one of which cannot work on this model, sizes matched to that of the recipe's own."""
     folder = tmp_path_factory.mktemp("compared") / "out"
-    arguments = ("--methods", "lora,ia3,vera,cpt", "--seeds", "2", "--skip-refused", "--match-params", "lora")
+    arguments = ("--methods", "lora,ia3,bottleneck,cpt", "--seeds", "2", "--skip-refused", "--match-params", "lora")
     with in_this_process():
         result = run_cli("compare", recipe, *arguments, "--budget", "tokens", "20", "--output", folder, "--json")
     assert result.code == 0, result.err
@@ -50,7 +50,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_every_trial_is_a_run_with_its_figures_in_compare_json(done: Path) -> None:
-    for name in ("lora", "ia3", "vera"):
+    for name in ("lora", "ia3", "bottleneck"):
         for trial in variants_of(done)[name]["trials"]:
             summary = Run(done / trial["run_dir"]).read_status()["summary"]
             assert (trial["state"], trial["exit_code"], trial["steps"]) == ("done", 0, 3)
@@ -86,9 +86,9 @@ def test_the_own_method_keeps_its_settings_and_others_get_theirs(done: Path) -> 
 def test_sizes_are_matched_or_it_is_said_why_not(done: Path) -> None:
     found = variants_of(done)
     assert "no size to choose" in found["ia3"]["size_note"]
-    assert abs(found["vera"]["trainable_params"] / found["lora"]["trainable_params"] - 1) < 0.05
-    assert found["vera"]["overrides"]["adapter.r"] != 256
-    assert found["vera"]["trials"][0]["trainable_params"] == found["vera"]["trainable_params"]
+    assert abs(found["bottleneck"]["trainable_params"] / found["lora"]["trainable_params"] - 1) < 0.05
+    assert found["bottleneck"]["overrides"]["adapter.bottleneck_dim"] > 2
+    assert found["bottleneck"]["trials"][0]["trainable_params"] == found["bottleneck"]["trainable_params"]
 
 
 def test_what_was_refused_stays_in_the_table(done: Path) -> None:
@@ -109,7 +109,11 @@ def test_results_are_written_in_peft_s_layout_too(done: Path) -> None:
 
 def test_the_file_in_the_directory_is_the_same_comparison(done: Path, recipe: Path) -> None:
     written = yaml.safe_load((done / "compare.yaml").read_text(encoding="utf-8"))["compare"]
-    assert (written["recipe"], list(written["variants"]), written["seeds"]) == (str(recipe), ["lora", "ia3", "vera", "cpt"], 2)
+    assert (written["recipe"], list(written["variants"]), written["seeds"]) == (
+        str(recipe),
+        ["lora", "ia3", "bottleneck", "cpt"],
+        2,
+    )
     before = (done / "compare.json").stat().st_mtime_ns
     result = run_cli("compare", done, "--resume")
     assert (result.code, compared(done)["variants"][0]["trials"][0]["state"]) == (0, "done")
