@@ -271,6 +271,15 @@ class Run:
         folder = self.dir / "evaluations"
         return folder / f"{split}.json", folder / f"{split}.predictions.jsonl"
 
+    def generations_path(self, split: str) -> Path:
+        """Generated answers of a split beside those of its rows."""
+        return self.dir / "evaluations" / f"{split}.generations.jsonl"
+
+    def comparison_paths(self, split: str) -> tuple[Path, Path]:
+        """How the adapter differs from its base on a split: metrics, and a line for every row."""
+        folder = self.dir / "evaluations"
+        return folder / f"{split}.comparison.json", folder / f"{split}.comparison.jsonl"
+
     @property
     def template_date(self) -> str | None:
         """The day (ISO) that the run's chat template writes, if it writes one."""
@@ -330,7 +339,7 @@ class Run:
     def read_metrics_at(self, step: int) -> dict[str, dict[str, float]]:
         """Metrics of the evaluations after `step`, by split."""
         lines = self._read_metrics()
-        return {line["split"]: line["metrics"] for line in lines if "split" in line and line["step"] == step}
+        return {line["split"]: line["metrics"] for line in lines if "metrics" in line and line["step"] == step}
 
     def read_training_lines(self) -> list[dict[str, Any]]:
         """Lines of steps, in their order."""

@@ -211,7 +211,7 @@ def build_trainer(run: Run, found: Survey, reporter: Reporter) -> tuple[Trainer,
         reporter.note(f"note: rows that are left out while training are in {run.data_report_path.name}")
     if accelerator.is_main_process:
         run.record_once("initial_weights", lambda: weights_digest(trainable_state(model)))
-    return Trainer(plan, model, runtime, data, run, accelerator, reporter), untrained
+    return Trainer(plan, model, runtime, data, run, accelerator, reporter, found.questions), untrained
 
 
 def _save(found: Survey, trainer: Trainer, untrained: Any) -> list[torch.Tensor]:

@@ -87,9 +87,7 @@ class LoadedAdapter:
         """The runtime for prompts: bound by the model's positions, not by training's max_length, and none is cut in silence."""
         if not self.task.generates:
             return self.runtime
-        limit = self.position_limit or sys.maxsize
-        settings = dataclasses.replace(self.runtime.settings, max_length=limit, truncation="error")
-        return self.task.runtime(self.runtime.tokenizer, settings)
+        return self.task.runtime(self.runtime.tokenizer, self.runtime.settings.for_prompts(self.position_limit))
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from peftkit.formats import FORMATS
 from peftkit.methods import METHODS
 from peftkit.section import NonNegativeFloat, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section, Share
 from peftkit.tasks import TASKS
+from peftkit.tasks.generations import GENERATION_METRICS
 
 Fraction = Annotated[Number, Field(gt=0.0, lt=1.0)]
 Seed = Annotated[NonNegativeInt, Field(lt=2**31)]  # numpy's generators take 32 bits
@@ -297,6 +298,30 @@ class EvaluationSection(Section):
         0.0,
         description="QUESTION_ANS: how much higher than the best answer's the score of `no answer` must be; stored with the "
         "adapter.",
+    )
+    generation_metrics: list[Literal[*GENERATION_METRICS]] = Field(  # type: ignore[valid-type]
+        [],
+        description="Have held-out prompts answered at the end of training, and compare the answers with those of the rows. "
+        "answer: the part that answer_pattern finds.",
+    )
+    generation_rows: PositiveInt | None = Field(
+        None, description="Answer only the first rows of each split, a number of rows; default: all that are evaluated."
+    )
+    answer_pattern: str | None = Field(
+        None,
+        description="Regular expression with one group, the answer within a text: `#### (.+)` for GSM8K. Numbers are compared "
+        "as numbers: 1,200 is 1200.0.",
+    )
+    bleu_tokenize: Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none"] = Field(
+        "13a", description="How BLEU splits words, by sacrebleu's name."
+    )
+    samples: NonNegativeInt = Field(
+        0, description="At each evaluation, write the answers to so many held-out prompts to metrics.jsonl, a number of rows."
+    )
+    forgetting: str | None = Field(
+        None,
+        description="File of texts (txt, or rows with `text`) that the adapter is not about: by how much the loss on them has "
+        "risen is measured after training.",
     )
 
 

@@ -18,6 +18,10 @@ GENERATION_METRICS: dict[str, dict[str, bool]] = {
 }
 PACKAGES = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}  # by import name
 TOKENIZER_PACKAGES = {"ja-mecab": "MeCab", "ko-mecab": "mecab_ko"}
+# Recipe keys that are about generated answers alone.
+GENERATION_KEYS = tuple(
+    f"evaluation.{name}" for name in ("generation_metrics", "generation_rows", "answer_pattern", "bleu_tokenize", "samples")
+)
 INSTALL_HINT = "`pip install 'peftkit[generation-metrics]'` adds it"
 
 _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?|[-+]?\.\d+")
