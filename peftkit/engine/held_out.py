@@ -85,14 +85,8 @@ def _answers(trainer: Trainer, split: str, scorer: AnswerScorer, *, generates: b
     was_training = trainer.step.training
     trainer.step.eval()
     with uncompiled(trainer.model):  # every length would be compiled anew
-        loaded = _as_loaded(trainer)
-        answers = answer_questions(
-            loaded,
-            asked,
-            scorer,
-            settings.batch_size,
-            lambda done: beat(f"answering {split} after step {trainer.weights_step}"),
-        )
+        place = f"answers to {split} after step {trainer.weights_step}"
+        answers = answer_questions(_as_loaded(trainer), asked, scorer, settings.batch_size, lambda done: beat(place))
     trainer.step.train(was_training)
     return answers, num_measured
 

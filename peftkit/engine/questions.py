@@ -99,7 +99,7 @@ def answer_questions(
 
 @contextlib.contextmanager
 def _own_random_numbers(seed: int) -> Iterator[None]:
-    """Where answers are sampled: the same ones each time, and training's own random numbers go on as if nothing had been drawn."""
+    """Where answers are sampled: the same ones each time, and training's own random numbers go on as they would."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
