@@ -19,10 +19,12 @@ from peftkit.engine.digest import weights_digest
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.exhausted import explain_training_memory
 from peftkit.engine.facts import AdapterFacts, facts_of, write_model_card
+from peftkit.engine.forgetting import forgetting_texts, measure_forgetting
 from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, training_memory_text
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.journal import Reporter
+from peftkit.engine.loaded import load_adapter
 from peftkit.engine.lock import lock
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import settle_micro_batch
@@ -149,6 +151,9 @@ def train_and_report(loaded: LoadedRecipe, output: Path | None, *, as_json: bool
     said = (
         f"{console.show_bytes(predicted)} ({predicted / measured - 1:+.0%})" if predicted else "nothing: it could not be made"
     )
+    if forgetting := result.get("forgetting"):
+        before, after = forgetting["loss_before"], forgetting["loss_after"]
+        console.print_text(f"forgetting ({forgetting['measure']}): {before:.4g} before, {after:.4g} after")
     console.print_text(f"memory at most: {console.show_bytes(measured)}; the plan said {said}")
     certificate = result["certificate"]
     console.print_text(
@@ -186,7 +191,7 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     reference = _save(found, trainer, untrained)
     if accelerator.is_main_process:
         summary["certificate"] = _certify(found, trainer, reference, metrics)
-        summary |= _memory(found, reporter)
+        summary |= _memory(found, reporter) | _forgetting(found, run)
         run.write_status("done", step=trainer.progress.step, summary=summary)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -248,6 +253,12 @@ def _certify(found: Survey, trainer: Trainer, reference: list[torch.Tensor], met
     certificate = certify(folder, reference, facts, trainer.runtime, _proof_rows(found.data))
     write_model_card(folder, facts, metrics, certificate)
     return certificate
+
+
+def _forgetting(found: Survey, run: Run) -> dict[str, Any]:
+    """By how much the loss has risen on text that the recipe names, where it names one."""
+    evaluation, texts = found.plan.recipe.evaluation, forgetting_texts(found.plan)
+    return {"forgetting": measure_forgetting(load_adapter(run.dir), texts, evaluation.batch_size)} if texts else {}
 
 
 def _memory(found: Survey, reporter: console.LineReporter) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.variants import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from peft.tuners.poly.layer import PolyLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
@@ -66,11 +67,18 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]  # peft is untyped here
             with super().disable_adapter():
                 yield
             return
-        self.prompts_off = True
+        self._switch_prompts(on=False)
         try:
             yield
         finally:
-            self.prompts_off = False
+            self._switch_prompts(on=True)
+
+    def _switch_prompts(self, *, on: bool) -> None:
+        """Let virtual tokens in or keep them out, and take the trained or the base's own head."""
+        self.prompts_off = not on
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(on)
 
     @contextlib.contextmanager
     def _tasks(self, task_ids: torch.Tensor | None) -> Iterator[None]:

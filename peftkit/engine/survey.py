@@ -11,6 +11,7 @@ from typing import Any
 from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.data import Data, load_data
 from peftkit.engine.fast import find_fast_paths
+from peftkit.engine.forgetting import forgetting_texts
 from peftkit.engine.guard import explain_exhaustion, memory_text
 from peftkit.engine.hardware import detect_hardware, resident_bytes
 from peftkit.engine.held_out import held_out_questions
@@ -74,6 +75,7 @@ def survey(
     plan = settle_quantization(plan)
     data = load_data(plan, model, on_row=on_row)
     questions = held_out_questions(plan, model, data)
+    forgetting_texts(plan)  # what is wrong with them shows here
     if plan.task.uses_chat_template and is_default_template(model.tokenizer) and _has_conversations(data):
         reason = "the tokenizer has none: turns begin with `### User:` and the like; stored with the adapter"
         plan = dataclasses.replace(plan, choices=(*plan.choices, Choice("model.chat_template", "default", reason)))
