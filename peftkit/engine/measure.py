@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.evaluate import score_examples
 from peftkit.engine.fast import proven_head
 from peftkit.engine.loaded import LoadedAdapter, is_switchable, without_adapter
@@ -97,7 +98,8 @@ def _differences(adapter: list[Any], base: list[Any], source: Any, seed: int) ->
 
 def _untrained_head(bare: LoadedAdapter) -> list[str]:
     """Modules of the base's head that its checkpoint has no weights for: its answers are those of random numbers."""
-    heads = head_modules(bare.model, bare.task) if bare.task.has_head else []
+    base: Any = base_of_adapted(bare.model)
+    heads = head_modules(base, bare.task) if bare.task.has_head else []
     return [head for head in heads if any(f".{head}." in f".{name}" for name in bare.missing)]
 
 
