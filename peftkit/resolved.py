@@ -33,7 +33,9 @@ def resolved_yaml(plan: Plan) -> str:
         if "max_length" not in plan.recipe.data.model_fields_set:
             del data["data"]["max_length"]  # the default bows to what the model can take
         if data["data"]["validation"] is None and data["data"]["test"] is None:
-            del data["evaluation"]
+            evaluation = data.pop("evaluation")
+            if evaluation["forgetting"]:
+                data["evaluation"] = {name: evaluation[name] for name in ("batch_size", "forgetting")}
     for key in keys_of_others(plan.task):
         section, _, name = key.rpartition(".")
         (data.get(section) or {} if section else data).pop(name, None)
@@ -69,6 +71,7 @@ def _make_absolute(data: dict[str, Any], recipe_dir: Path) -> None:
     rows |= {name: sources[0] for name, sources in splits.items() if len(sources) == 1}
     sources = [source for sources in splits.values() for source in sources]
     names = [(data["model"], key) for key in ("name_or_path", "tokenizer_name_or_path", "chat_template")]
+    names += [(data["evaluation"], "forgetting")] if "evaluation" in data else []
     for section, key in [*names, *((source, "path") for source in sources)]:
         if section[key] is not None and (path := absolute_path(section[key], recipe_dir)) is not None:
             section[key] = str(path)

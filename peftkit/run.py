@@ -281,9 +281,14 @@ class Run:
         ending = ".predictions.jsonl"
         return sorted(path.name.removesuffix(ending) for path in (self.dir / "evaluations").glob(f"*{ending}"))
 
-    def comparison_path(self, split: str) -> Path:
-        """How the adapter and its base do on a split, beside each other."""
-        return self.dir / "evaluations" / f"{split}.comparison.json"
+    def generations_path(self, split: str) -> Path:
+        """Generated answers of a split beside those of its rows."""
+        return self.dir / "evaluations" / f"{split}.generations.jsonl"
+
+    def comparison_paths(self, split: str) -> tuple[Path, Path]:
+        """How the adapter differs from its base on a split: metrics, and a line for every row."""
+        folder = self.dir / "evaluations"
+        return folder / f"{split}.comparison.json", folder / f"{split}.comparison.jsonl"
 
     @property
     def template_date(self) -> str | None:
@@ -344,7 +349,7 @@ class Run:
     def read_metrics_at(self, step: int) -> dict[str, dict[str, float]]:
         """Metrics of the evaluations after `step`, by split."""
         lines = self._read_metrics()
-        return {line["split"]: line["metrics"] for line in lines if "split" in line and line["step"] == step}
+        return {line["split"]: line["metrics"] for line in lines if "metrics" in line and line["step"] == step}
 
     def read_training_lines(self) -> list[dict[str, Any]]:
         """Lines of steps, in their order."""

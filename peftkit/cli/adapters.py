@@ -7,14 +7,32 @@ from typing import Annotated
 
 import typer
 
-from peftkit.cli.options import Adapter, AsJson, Base
+from peftkit.cli.options import (
+    Adapter,
+    AnswerPattern,
+    AsJson,
+    Base,
+    CompareBase,
+    Forgetting,
+    GenerationMetrics,
+    Harness,
+    HarnessInclude,
+    names_of,
+)
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913, PLR0917 - one parameter per option
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or any PEFT adapter folder.")],
     data: Annotated[Path | None, typer.Option(help="Rows to evaluate on; default: the run's test or validation rows.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Write one line per row here too.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 16,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
+    generation_metrics: GenerationMetrics = None,
+    answer_pattern: AnswerPattern = None,
+    compare_base: CompareBase = False,
+    forgetting: Forgetting = None,
+    harness: Harness = None,
+    harness_include: HarnessInclude = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
@@ -22,7 +40,21 @@ def evaluate(
     from peftkit import console
     from peftkit.commands import evaluate as command
 
-    result = command.evaluate(run, data, base, predictions, batch_size)
+    request = command.Request(
+        run,
+        data,
+        base,
+        predictions,
+        batch_size,
+        max_rows,
+        generation_metrics=None if generation_metrics is None else names_of(generation_metrics),
+        answer_pattern=answer_pattern,
+        compare_base=compare_base,
+        forgetting=forgetting,
+        harness=names_of(harness or ""),
+        harness_include=harness_include,
+    )
+    result = command.evaluate(request)
     console.print_json(result) if as_json else command.print_evaluation(result)
 
 

@@ -23,3 +23,26 @@ HangTimeout = Annotated[
     float, typer.Option(min=0, metavar="SECONDS", help="End processes that make no progress for so long; 0: never.")
 ]
 NumMachines = Annotated[int | None, typer.Option(min=1, help="Train on so many machines; default: the scheduler's.")]
+# Of `evaluate`.
+GenerationMetrics = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Generate answers: rouge,bleu,chrf,exact_match,answer; default: as in the recipe."),
+]
+AnswerPattern = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="Its one group is the answer within a text, such as '#### (.+)'.")
+]
+CompareBase = Annotated[
+    bool, typer.Option("--compare-base", help="Measure the base model on the same rows, with intervals of the difference.")
+]
+Forgetting = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Texts (txt, or rows with `text`) to measure the rise of the loss on.")
+]
+Harness = Annotated[
+    str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, for adapter and base: arc_easy,piqa.")
+]
+HarnessInclude = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder with further tasks of it.")]
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -20,10 +20,12 @@ from peftkit.engine.digest import weights_digest
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.exhausted import explain_training_memory
 from peftkit.engine.facts import AdapterFacts, facts_of, write_model_card
+from peftkit.engine.forgetting import forgetting_texts, measure_forgetting
 from peftkit.engine.guard import explain_exhaustion, give_back_heap, release, training_memory_text
 from peftkit.engine.hardware import peak_memory_bytes, process_index, start_accelerator
 from peftkit.engine.hooks import Context, hook
 from peftkit.engine.journal import Reporter
+from peftkit.engine.loaded import load_adapter
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import settle_micro_batch
 from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
@@ -153,6 +155,9 @@ def train_and_report(loaded: LoadedRecipe, output: Path | None, *, as_json: bool
     said = (
         f"{console.show_bytes(predicted)} ({predicted / measured - 1:+.0%})" if predicted else "nothing: it could not be made"
     )
+    if forgetting := result.get("forgetting"):
+        before, after = forgetting["loss_before"], forgetting["loss_after"]
+        console.print_text(f"forgetting ({forgetting['measure']}): {before:.4g} before, {after:.4g} after")
     console.print_text(f"memory at most: {console.show_bytes(measured)}; the plan said {said}")
     certificate = result["certificate"]
     console.print_text(
@@ -194,7 +199,7 @@ def _train_in(run: Run, found: Survey, reporter: console.LineReporter) -> dict[s
     reference = _save(found, trainer, untrained)
     if accelerator.is_main_process:
         summary["certificate"] = _certify(found, trainer, reference, metrics)
-        summary |= _memory(found, reporter)
+        summary |= _memory(found, reporter) | _forgetting(found, run)
         run.write_status("done", step=trainer.progress.step, summary=summary)
         summary["report"] = _report(run, reporter)
     accelerator.wait_for_everyone()
@@ -225,7 +230,7 @@ def build_trainer(run: Run, found: Survey, reporter: Reporter) -> tuple[Trainer,
         state = trainable_state(model)  # gathered from all who divide it
         if accelerator.is_main_process:
             run.record_once("initial_weights", lambda: weights_digest(state))
-    return Trainer(plan, model, runtime, data, run, accelerator, reporter), untrained
+    return Trainer(plan, model, runtime, data, run, accelerator, reporter, found.questions), untrained
 
 
 def _save(found: Survey, trainer: Trainer, untrained: Any) -> list[torch.Tensor]:
@@ -262,6 +267,12 @@ def _certify(found: Survey, trainer: Trainer, reference: list[torch.Tensor], met
     certificate = certify(folder, reference, facts, trainer.runtime, _proof_rows(found.data))
     write_model_card(folder, facts, metrics, certificate)
     return certificate
+
+
+def _forgetting(found: Survey, run: Run) -> dict[str, Any]:
+    """By how much the loss has risen on text that the recipe names, where it names one."""
+    evaluation, texts = found.plan.recipe.evaluation, forgetting_texts(found.plan)
+    return {"forgetting": measure_forgetting(load_adapter(run.dir), texts, evaluation.batch_size)} if texts else {}
 
 
 def _memory(found: Survey, reporter: console.LineReporter) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.variants import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from peft.tuners.poly.layer import PolyLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
@@ -40,13 +41,15 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]  # peft is untyped here
             if isinstance(module, PolyLayer):
                 module.register_forward_pre_hook(self._give_task_ids, with_kwargs=True)
 
-    def forward(self, task_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor | None = None, *, task_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
         """The base model's output.
 
         Args:
+            input_ids: (B, T), unless the inputs have `inputs_embeds`.
             task_ids: (B,) number of the task of each row, for methods that need it.
-            inputs: of the base model.
+            inputs: further ones of the base model.
         """
+        inputs |= {} if input_ids is None else {"input_ids": input_ids}
         inputs |= get_alora_offsets_for_forward(self, **inputs)
         with self._tasks(task_ids), self._enable_peft_forward_hooks(**inputs):
             return self.get_base_model()(**_without_special(self, inputs))
@@ -66,11 +69,18 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]  # peft is untyped here
             with super().disable_adapter():
                 yield
             return
-        self.prompts_off = True
+        self._switch_prompts(on=False)
         try:
             yield
         finally:
-            self.prompts_off = False
+            self._switch_prompts(on=True)
+
+    def _switch_prompts(self, *, on: bool) -> None:
+        """Let virtual tokens in or keep them out, and take the trained or the base's own head."""
+        self.prompts_off = not on
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(on)
 
     @contextlib.contextmanager
     def _tasks(self, task_ids: torch.Tensor | None) -> Iterator[None]:

@@ -16,7 +16,8 @@ from filelock import FileLock
 from peftkit.engine.audit import BadRows
 from peftkit.engine.cache import cache_dir, cache_key, prune
 from peftkit.engine.examples import Examples
-from peftkit.engine.prepare import FINDINGS, SUMMARY, Model, Preparation
+from peftkit.engine.prepare import FINDINGS, HELD_OUT, SUMMARY, Model, Preparation
+from peftkit.engine.records import Records
 from peftkit.engine.settle import check_settled, settle_encoding
 from peftkit.engine.stream import Stream, open_stream
 from peftkit.errors import DataError, ResourceError
@@ -61,6 +62,10 @@ class Data:
     def findings_path(self) -> Path:
         """One finding a line."""
         return self.folder / FINDINGS
+
+    def held_out_rows(self, split: str) -> Sequence[tuple[str, CanonicalRow]]:
+        """`file:row` and canonical row of what was held out, for tasks that generate answers."""
+        return Records(self.folder / f"{split}.{HELD_OUT}")
 
     @property
     def sample(self) -> Examples:

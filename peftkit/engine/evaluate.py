@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,11 +76,22 @@ def scores_of(step: Step, outputs: torch.Tensor, batch: Batch, examples: Sequenc
     return step.runtime.score_states(outputs, batch, step.head.logits)
 
 
-def write_evaluation(run: Run, split: str, metrics: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    """Write metrics and predictions of a split into the run directory."""
+def write_evaluation(
+    run: Run,
+    split: str,
+    metrics: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]] = (),
+    signatures: Mapping[str, str] | None = None,
+) -> None:
+    """Write metrics and predictions of a split into the run directory; generated answers and how they were compared, if any."""
     metrics_path, predictions_path = run.evaluation_paths(split)
     write_text(predictions_path, evaluation_lines(results))
-    write_json(metrics_path, {"split": split, "num_rows": len(results), "metrics": metrics})
+    facts: dict[str, Any] = {"split": split, "num_rows": len(results), "metrics": metrics}
+    if answers:
+        write_text(run.generations_path(split), evaluation_lines(answers))
+        facts |= {"num_generated": len(answers), "signatures": dict(signatures or {})}
+    write_json(metrics_path, facts)
 
 
 def evaluation_lines(results: Sequence[dict[str, Any]]) -> str:

@@ -73,18 +73,25 @@ class AdapterFacts:
 
     def base_model(self, folder: Path) -> Base:
         """The base model that the adapter in `folder` goes onto; for `full` the folder itself is the model."""
+        method, base = METHODS.get(self.method), self.untrained_base
+        if method is None or not method.stands_alone:
+            return base
+        return dataclasses.replace(base, path=str(folder), revision=None, init="pretrained", config_overrides={})
+
+    @property
+    def untrained_base(self) -> Base:
+        """The base model as it was before training, whatever the method."""
         method = METHODS.get(self.method)
-        full = method is not None and method.stands_alone
         return Base(
-            path=str(folder) if full else self.base,
+            path=self.base,
             task=TASKS[self.task],
             dtype=self.dtype,
-            revision=None if full else self.revision,
-            init="pretrained" if full else self.init,
+            revision=self.revision,
+            init=self.init,
             seed=self.seed,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
-            config_overrides={} if full else self.config_overrides,
+            config_overrides=self.config_overrides,
             linear=method is not None and method.linear_only,
             quantization=self.quantization,
         )

@@ -16,6 +16,7 @@ from peftkit.engine.evaluate import score_examples
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.rows import with_system_prompt
 from peftkit.engine.step import Step
+from peftkit.engine.store import answering_config
 from peftkit.errors import DataError
 from peftkit.formats import FORMATS, detect_format
 from peftkit.formats.base import CanonicalRow, RowError
@@ -211,7 +212,7 @@ def generation_config(loaded: LoadedAdapter, settings: Mapping[str, Any], num_ro
     if (loaded.folder / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(str(loaded.folder))
     else:
-        config = GenerationConfig.from_dict(loaded.model.generation_config.to_dict())  # type: ignore[union-attr, operator]
+        config = answering_config(loaded.model, tokenizer)
     merged = {"max_new_tokens": 256, "do_sample": False} | dict(loaded.facts.generation) | dict(settings)
     if not merged["do_sample"]:
         merged |= {"temperature": None, "top_p": None, "top_k": None}

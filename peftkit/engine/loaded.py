@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast, process_device
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import bitsandbytes_layers, dequantized
-from peftkit.engine.store import load_into
+from peftkit.engine.store import HEAD, load_into
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
@@ -40,6 +41,7 @@ class LoadedAdapter:
         model: in evaluation mode.
         runtime: the task on tensors, with the tokenizer.
         device: where the model is.
+        missing: weights that the base's checkpoint lacks, which are random without the adapter.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class LoadedAdapter:
     model: nn.Module
     runtime: Runtime
     device: torch.device
+    missing: frozenset[str] = frozenset()
 
     @property
     def task(self) -> Task:
@@ -87,9 +90,7 @@ class LoadedAdapter:
         """The runtime for prompts: bound by the model's positions, not by training's max_length, and none is cut in silence."""
         if not self.task.generates:
             return self.runtime
-        limit = self.position_limit or sys.maxsize
-        settings = dataclasses.replace(self.runtime.settings, max_length=limit, truncation="error")
-        return self.task.runtime(self.runtime.tokenizer, settings)
+        return self.task.runtime(self.runtime.tokenizer, self.runtime.settings.for_prompts(self.position_limit))
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -150,7 +151,26 @@ def load_adapter(path: Path, base: str | None = None, device: torch.device | Non
     adapted: Any = load_into(model, folder, facts.method, missing)
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
     device = device or process_device()
-    return LoadedAdapter(folder, facts, adapted.to(device).eval(), TASKS[facts.task].runtime(tokenizer, encoding), device)
+    runtime = TASKS[facts.task].runtime(tokenizer, encoding)
+    return LoadedAdapter(folder, facts, adapted.to(device).eval(), runtime, device, frozenset(missing))
+
+
+@contextlib.contextmanager
+def without_adapter(loaded: LoadedAdapter) -> Iterator[LoadedAdapter]:
+    """The base model in the adapter's place: the adapter switched off or, where nothing does that, the base loaded afresh."""
+    if is_switchable(loaded):
+        with loaded.model.disable_adapter():  # type: ignore[operator]
+            yield loaded
+        return
+    source = dataclasses.replace(loaded.facts.untrained_base, device=loaded.device)
+    base, missing = load_base_model(source, loaded.runtime.settings)
+    set_pad_token(base, loaded.runtime.tokenizer)
+    yield dataclasses.replace(loaded, model=base.to(loaded.device).eval(), missing=frozenset(missing))
+
+
+def is_switchable(loaded: LoadedAdapter) -> bool:
+    """Whether PEFT gives the untouched base back: not where trained tensors are the base model's own."""
+    return isinstance(loaded.model, AdaptedModel) and not (loaded.folder / HEAD).is_file()
 
 
 def with_full_weights(loaded: LoadedAdapter) -> nn.Module:

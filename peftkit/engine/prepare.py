@@ -27,6 +27,7 @@ from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import Example, Runtime, TooLong
 
 FINDINGS, SUMMARY = "findings.jsonl", "summary.json"
+HELD_OUT = "held_out"  # canonical rows of a split that is not trained on
 ALL_OF_THEM = "`peftkit data RECIPE --json --set data.on_bad_row=drop` lists them all"
 NUM_RENDERINGS = 5  # rows whose rendering is stored with the adapter
 
@@ -94,6 +95,7 @@ class Preparation:
         self.drops = data.on_bad_row == "drop"
         self.audit = Audit(self.folder / FINDINGS)
         self.first: list[CanonicalRow] = []  # training rows that gave examples
+        self.held_out: dict[str, RecordWriter] = {}  # rows to ask, of tasks that generate answers
 
     def run(self) -> None:
         """Write examples, findings and a summary.
@@ -173,8 +175,8 @@ class Preparation:
                 self.audit.add(split, "bad_row", origin, str(error))
                 continue
             self._note(runtime, split, origin, examples)
-            if examples and split == "train" and len(self.first) < NUM_RENDERINGS:
-                self.first.append(row)
+            if examples:
+                self._keep(split, origin, row)
             for example in examples:
                 writer.add(example)
             num_written += len(examples)
@@ -185,6 +187,15 @@ class Preparation:
         if not num_written:
             raise DataError(f"no row of {split} is left: `truncation: drop` dropped all {len(rows)}")
         return writer
+
+    def _keep(self, split: str, origin: str, row: CanonicalRow) -> None:
+        """Keep a row that gave examples, where more than these is needed of it."""
+        if split == "train":
+            self.first += [row] if len(self.first) < NUM_RENDERINGS else []
+        elif self.plan.task.generates:
+            if split not in self.held_out:
+                self.held_out[split] = RecordWriter(self.folder / f"{split}.{HELD_OUT}")
+            self.held_out[split].add([origin, row])
 
     def _note(self, runtime: Runtime, split: str, origin: str, examples: Sequence[Example]) -> None:
         """What happened to a row whose examples are as they should be."""
@@ -226,8 +237,10 @@ class Preparation:
             counts = self.audit.counts.get(name, Counter())
             reports[name] = split_report(writer.finish(), len(splits[name]), counts, self.plan.task.learns_tokens)
         reports["train"]["is_sample"] = self.data.streams
+        for rows in self.held_out.values():
+            rows.finish()
         for split in splits.values():
-            split.records.remove()  # the examples are all that is read from now on
+            split.records.remove()  # examples, and held-out rows, are all that is read from now on
         summary = {
             "encoding": dataclasses.asdict(encoding),
             "formats": formats,

@@ -13,6 +13,7 @@ from peftkit.recipe.rules import stated_encoding, states
 from peftkit.recipe.schema import DataSection
 from peftkit.tasks.base import labels_of
 from peftkit.tasks.encoding import Encoding
+from peftkit.tasks.generations import metrics_of
 
 
 class _Rows(Sequence[CanonicalRow]):
@@ -57,7 +58,13 @@ def check_settled(plan: Plan, settled: Encoding) -> None:
     """
     recipe, task = plan.recipe, plan.task
     problems = [(key, why) for key, why in task.idle_keys(settled).items() if states(recipe, key)]
-    metric, metrics = recipe.training.metric_for_best_model, task.metrics_for(settled)
+    metric, metrics = (
+        recipe.training.metric_for_best_model,
+        (
+            *task.metrics_for(settled),
+            *metrics_of(recipe.evaluation.generation_metrics),
+        ),
+    )
     if metric is not None and metric not in metrics:
         problems.append(
             ("training.metric_for_best_model", f"`{metric}` does not go with these rows; there are {', '.join(metrics)}")

@@ -70,7 +70,7 @@ def save_adapter(
             _save_ours(folder, model, facts)
         tokenizer.save_pretrained(folder)
         if facts.generation:
-            _generation_config(model, tokenizer).save_pretrained(folder)
+            answering_config(model, tokenizer).save_pretrained(folder)
         write_renderings(folder, renderings)
         write_json(folder / FACTS, dataclasses.asdict(facts))
 
@@ -140,7 +140,7 @@ def _save_ours(folder: Path, model: nn.Module, facts: AdapterFacts) -> None:
     write_json(folder / CONFIG, config)
 
 
-def _generation_config(model: nn.Module, tokenizer: Any) -> GenerationConfig:
+def answering_config(model: nn.Module, tokenizer: Any) -> GenerationConfig:
     """The base's generation config with every token that ends an answer."""
     config = GenerationConfig.from_dict(getattr(model, "generation_config", GenerationConfig()).to_dict())
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

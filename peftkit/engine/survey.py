@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftkit.engine.blueprint import Blueprint, draw_blueprint
 from peftkit.engine.data import Data, load_data
 from peftkit.engine.fast import find_fast_paths
+from peftkit.engine.forgetting import forgetting_texts
 from peftkit.engine.guard import explain_exhaustion, memory_text
 from peftkit.engine.hardware import detect_hardware, resident_bytes
+from peftkit.engine.held_out import held_out_questions
 from peftkit.engine.model import base_of, load_config, load_tokenizer, position_limit
 from peftkit.engine.prepare import Model
 from peftkit.engine.quantizing import settle_quantization
+from peftkit.engine.questions import Question
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Choice, Hardware, Plan, make_plan
 from peftkit.recipe import LoadedRecipe
@@ -33,6 +36,7 @@ class Survey:
         data: the rows, encoded.
         blueprint: the model with its adapter, by shape.
         resident_bytes: what the process holds in the machine's memory by then.
+        questions: prompts of each split that are answered in training.
     """
 
     plan: Plan
@@ -40,6 +44,7 @@ class Survey:
     data: Data
     blueprint: Blueprint
     resident_bytes: int = 0
+    questions: Mapping[str, list[Question]] = field(default_factory=dict)
 
 
 def _memory_text() -> str:
@@ -69,13 +74,15 @@ def survey(
     model = find_model_facts(plan, date)
     plan = settle_quantization(plan)
     data = load_data(plan, model, on_row=on_row)
+    questions = held_out_questions(plan, model, data)
+    forgetting_texts(plan)  # what is wrong with them shows here
     if plan.task.uses_chat_template and is_default_template(model.tokenizer) and _has_conversations(data):
         reason = "the tokenizer has none: turns begin with `### User:` and the like; stored with the adapter"
         plan = dataclasses.replace(plan, choices=(*plan.choices, Choice("model.chat_template", "default", reason)))
     blueprint = draw_blueprint(plan, data.encoding.num_outputs, model.tokenizer)
     paths = find_fast_paths(plan, blueprint.model)
     plan = dataclasses.replace(plan, rows=paths.rows, choices=(*plan.choices, *paths.choices))
-    return Survey(plan, model.tokenizer, data, blueprint, resident_bytes())
+    return Survey(plan, model.tokenizer, data, blueprint, resident_bytes(), questions)
 
 
 def _has_conversations(data: Data) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,17 +32,18 @@ from peftkit.engine.checkpoint import (
 from peftkit.engine.coupled import coupled_backward
 from peftkit.engine.data import Data
 from peftkit.engine.digest import rows_digest
-from peftkit.engine.evaluate import flat_metrics, score_examples, write_evaluation
 from peftkit.engine.fast import take_fast_paths, without_mask
 from peftkit.engine.first_pass import run_largest_pass
 from peftkit.engine.guard import memory_told
 from peftkit.engine.hardware import WHOLE_MODELS
+from peftkit.engine.held_out import evaluate_split
 from peftkit.engine.hooks import ExtraState, hook
 from peftkit.engine.journal import Journal, Reporter
 from peftkit.engine.neftune import noisy_embeddings
 from peftkit.engine.optim import build_optimizer, build_scheduler
 from peftkit.engine.packing import for_model, way_of
 from peftkit.engine.prefetch import Prefetcher, moved, pinned
+from peftkit.engine.questions import Question
 from peftkit.engine.sharding import backward, clipped_norm, data_share, own_part, place_whole, prepare
 from peftkit.engine.signals import StopSignal
 from peftkit.engine.spikes import note_spike
@@ -52,6 +53,7 @@ from peftkit.plan import Plan, num_steps, steps_per_epoch
 from peftkit.run import Run
 from peftkit.stop import stopped
 from peftkit.tasks.example import Batch, Example, Runtime
+from peftkit.tasks.generations import metrics_of
 from peftkit.worker import beat
 
 MAX_SKIPPED_STEPS = 20  # fp16: the loss scale halves at each skip; after 20 of them nothing is left to scale
@@ -78,6 +80,7 @@ class Trainer:
         run: where everything is written.
         accelerator: devices, precision, processes and trackers.
         reporter: who hears of it.
+        questions: prompts of each split to answer.
     """
 
     plan: Plan
@@ -87,6 +90,7 @@ class Trainer:
     run: Run
     accelerator: Accelerator
     reporter: Reporter
+    questions: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -110,6 +114,7 @@ class Trainer:
             self.parts["adapter"] = ExtraState(self.plan.method, self.model)
         if self.accelerator.scaler is not None:
             self.parts["scaler"] = self.accelerator.scaler
+        self.generated = metrics_of(self.plan.recipe.evaluation.generation_metrics)
         self.stop_signal = StopSignal(self.plan.recipe.training.max_seconds)
         self.journal = Journal(self.plan, self.run, self.accelerator, self.reporter, self.total_steps)
         self.skipped_steps = 0
@@ -333,27 +338,9 @@ class Trainer:
             self.accelerator.wait_for_everyone()  # a process that ends has the others ended, rank 0 amid its checkpoint
             raise stopped(why, f"after step {step} of {self.total_steps}, with a full checkpoint")
 
-    def evaluate(self, split: str) -> dict[str, Any]:
-        """Evaluate one split with the weights that are in the model, and write it down."""
-        settings = self.plan.recipe.evaluation
-        beat(f"evaluation of {split} after step {self.weights_step}")
-        with self.accelerator.autocast():
-            results = score_examples(
-                self.step,
-                self.data.held_out[split][: settings.max_rows],
-                batch_size=settings.batch_size,
-                device=self.accelerator.device,
-                call=self.wrapped,
-            )
-        metrics = self.runtime.summarise(results)
-        numbers = flat_metrics(metrics)
-        line = {"step": self.weights_step, "split": split, "metrics": numbers}
-        if self.accelerator.is_main_process:
-            self.run.append_metrics(line)
-            write_evaluation(self.run, split, metrics, results)
-        self.accelerator.log({f"{split}/{name}": value for name, value in numbers.items()}, step=self.progress.step)
-        self.reporter.evaluation(line)
-        return metrics
+    def evaluate(self, split: str, *, generates: bool = False) -> dict[str, Any]:
+        """Evaluate one split with the weights that are in the model, and write it down; `generates`: answers are wanted too."""
+        return evaluate_split(self, split, generates=generates)
 
     def whole_logits(self, batch: Batch) -> torch.Tensor:
         """What the task's scores are taken from, by way of whole logits, where a model has to be called as it is wrapped."""
@@ -370,14 +357,15 @@ class Trainer:
 
     def final_metrics(self, split: str) -> dict[str, Any]:
         """Metrics of the weights that `fit` left in the model; computed anew only if they are not those evaluated last."""
-        is_last = split == "validation" and not self.holds_best
-        return self.last_metrics if is_last and self.last_metrics else self.evaluate(split)
+        is_last = split == "validation" and not self.holds_best and self.last_metrics.keys() >= self.generated.keys()
+        return self.last_metrics if is_last and self.last_metrics else self.evaluate(split, generates=True)
 
     def _evaluate_and_compare(self) -> None:
-        metrics, progress, training = self.evaluate("validation"), self.progress, self.plan.recipe.training
+        progress, training = self.progress, self.plan.recipe.training
+        metrics = self.evaluate("validation", generates=self.metric_for_best in self.generated)
         self.last_metrics = metrics
         name = self.metric_for_best
-        value, sign = metrics[name], 1 if self.plan.task.metrics[name] else -1
+        value, sign = metrics[name], 1 if {**self.plan.task.metrics, **self.generated}[name] else -1
         if not math.isfinite(metrics["loss"]):
             self._fail("the validation loss", metrics["loss"], [])
         if progress.step == 0:

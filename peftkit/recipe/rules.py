@@ -20,10 +20,12 @@ from peftkit.methods import METHODS
 from peftkit.recipe.data_rules import check_data
 from peftkit.recipe.findings import Finding, written
 from peftkit.recipe.fit import check_fit, read_config
+from peftkit.recipe.generation_rules import check_generation
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_path, looks_local, places_text
 from peftkit.recipe.schema import Recipe
 from peftkit.tasks import TASKS, keys_of_others
 from peftkit.tasks.encoding import EmbeddingSettings, Encoding, SpanSettings
+from peftkit.tasks.generations import GENERATION_KEYS, metrics_of
 
 _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 _TRACKER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
@@ -47,6 +49,7 @@ def check_rules(recipe: Recipe, recipe_dir: Path, needs_data: bool) -> Iterator[
     yield from _model(recipe, recipe_dir)
     yield from _training(recipe)
     yield from _evaluation(recipe)
+    yield from check_generation(recipe, recipe_dir)
     yield from _task(recipe)
     if recipe.data is not None:
         yield from check_data(recipe, recipe.data, recipe_dir)
@@ -232,11 +235,13 @@ def _evaluation(recipe: Recipe) -> Iterator[Finding]:
                 yield f"training.{name}", "has no effect with `load_best_model_at_end: false`", 2
     if training.early_stopping_patience is None and training.early_stopping_threshold:
         yield "training.early_stopping_threshold", "has no effect without `early_stopping_patience`", 2
-    metrics = TASKS[recipe.task].metrics
+    metrics = {**TASKS[recipe.task].metrics, **metrics_of(recipe.evaluation.generation_metrics)}
     if training.metric_for_best_model is not None and training.metric_for_best_model not in metrics:
         what = f"{recipe.task} has no metric `{training.metric_for_best_model}`; it has {', '.join(metrics)}"
         yield "training.metric_for_best_model", what, 2
-    if recipe.data is not None and not has_validation and recipe.data.test is None and recipe.evaluation.model_fields_set:
+    # Forgetting is measured on texts of its own.
+    idle = recipe.evaluation.model_fields_set - ({"forgetting", "batch_size"} if recipe.evaluation.forgetting else set())
+    if recipe.data is not None and not has_validation and recipe.data.test is None and idle:
         yield "evaluation", "has no effect without `data.validation` or `data.test`", 2
 
 
@@ -261,7 +266,8 @@ def _own_keys(recipe: Recipe) -> Iterator[Finding]:
     task = TASKS[recipe.task]
     for key in keys_of_others(task):
         if states(recipe, key):
-            yield key, f"has no effect for {task.name}", 2
+            why = ", which generates no text" if key in GENERATION_KEYS else ""
+            yield key, f"has no effect for {task.name}{why}", 2
     low, high = recipe.embedding.score_range
     if low >= high:
         yield "embedding.score_range", f"[{low:g}, {high:g}] is empty: the first number is the lowest score", 2

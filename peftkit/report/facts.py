@@ -199,7 +199,7 @@ def _evaluation(run: Run, split: str, bad: list[str]) -> Evaluation:
     metrics_path, predictions_path = run.evaluation_paths(split)
     known = _read(metrics_path, _json, bad)
     predictions = list(islice(_json_lines(predictions_path, bad), MAX_PREDICTIONS))
-    comparison = _read(run.comparison_path(split), _json, bad)
+    comparison = _read(run.comparison_paths(split)[0], _json, bad)
     metrics = mapping(known.get("metrics"))
     return Evaluation(split, known.get("num_rows", len(predictions)), metrics, predictions, comparison)
 

@@ -1,6 +1,7 @@
 """CAUSAL_LM: predict the next token."""
 
 from peftkit.tasks.base import Task
+from peftkit.tasks.generations import GENERATION_KEYS
 
 LANGUAGE_METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}
 
@@ -26,6 +27,6 @@ CAUSAL_LM = Task(
     train_on=("completion", "all", "last_turn", "assistant"),
     truncations=("error", "left", "right", "drop", "split"),
     packs=True,
-    own_keys=("data.chat_template_kwargs", "data.packing"),
+    own_keys=("data.chat_template_kwargs", "data.packing", *GENERATION_KEYS),
     runtime_module="peftkit.tasks.causal_lm_torch",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,10 @@ class Encoding:
     def num_outputs(self) -> int:
         """Outputs of the head, where the rows decide on them; else 0."""
         return 1 if self.problem_type == "regression" else len(self.labels)
+
+    def for_prompts(self, max_length: int | None) -> Encoding:
+        """How prompts become token ids: bound by what the model takes (None: anything), and none is cut in silence."""
+        return dataclasses.replace(self, max_length=max_length or sys.maxsize, truncation="error")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Encoding:

@@ -13,6 +13,8 @@ from peftkit.tasks.encoding import Encoding
 if TYPE_CHECKING:
     import torch
 
+    from peftkit.tasks.resampling_torch import Resampler
+
 IGNORE_INDEX = -100  # label of positions without a target, as in torch.nn.functional.cross_entropy
 
 
@@ -126,11 +128,13 @@ class Runtime(Protocol):
         settings: how rows become token ids.
         tokenizer: the model's.
         couples_rows: whether the loss of a row depends on the other rows of its step (in-batch negatives).
+        row_figure: name of the number that says how well one row was answered, and whether more of it is better.
     """
 
     settings: Encoding
     tokenizer: Any
     couples_rows: bool
+    row_figure: tuple[str, bool]
 
     def encode(self, row: Mapping[str, Any], origin: str, *, target: bool = True) -> list[Example]:
         """A canonical row as token ids; none when `truncation: drop` drops it, several when `split` splits it.
@@ -213,4 +217,12 @@ class Runtime(Protocol):
 
     def summarise(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Metrics over the results of all rows."""
+        ...
+
+    def resampler(self, results: Sequence[Mapping[str, Any]]) -> Resampler:
+        """What gives the metrics that are one number for many resamples of these rows at once."""
+        ...
+
+    def row_figures(self, results: Sequence[Mapping[str, Any]]) -> list[float]:
+        """`row_figure` of every row."""
         ...

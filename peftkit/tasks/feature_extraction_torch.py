@@ -12,6 +12,7 @@ from torch.nn import functional
 from peftkit.formats.base import RowError
 from peftkit.tasks.encoding import EmbeddingSettings, Encoding
 from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, fit_length
+from peftkit.tasks.resampling_torch import Resampler, correlations_of, means_of
 from peftkit.tasks.runtime_torch import BaseRuntime
 from peftkit.tasks.statistics import correlations
 
@@ -29,6 +30,8 @@ class Runtime(BaseRuntime):
         super().__init__(tokenizer, settings)
         self.embedding = settings.embedding or EmbeddingSettings()
         self.couples_rows = self.embedding.loss == "contrastive"
+        is_scored = self.embedding.loss == "cosine"
+        self.row_figure = ("squared_error", False) if is_scored else ("reciprocal_rank", True)
 
     def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
         """Token ids of all texts of a row."""
@@ -119,11 +122,17 @@ class Runtime(BaseRuntime):
         return (losses / rows.bincount(minlength=len(anchors))[rows]).sum()
 
     def _contrastive(
-        self, anchors: torch.Tensor, candidates: torch.Tensor, own: torch.Tensor, label_smoothing: float = 0.0
+        self,
+        anchors: torch.Tensor,
+        candidates: torch.Tensor,
+        own: torch.Tensor,
+        label_smoothing: float = 0.0,
+        *,
+        reduction: str = "sum",
     ) -> torch.Tensor:
-        """Sum of cross-entropy over anchors (A, D), whose positives are `own` (A,) among the candidates (C, D)."""
+        """Cross-entropy of anchors (A, D), summed or each, whose positives are `own` (A,) among the candidates (C, D)."""
         scores = self.embedding.scale * anchors @ candidates.T  # (A, C)
-        return functional.cross_entropy(scores, own, reduction="sum", label_smoothing=label_smoothing)
+        return functional.cross_entropy(scores, own, reduction=reduction, label_smoothing=label_smoothing)
 
     def score(self, logits: torch.Tensor, batch: Batch, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Vectors of a row's texts and, where it is a pair, their similarity."""
@@ -156,21 +165,36 @@ class Runtime(BaseRuntime):
         """Scored rows: loss and correlations. Else: loss with the whole split as one step, and how well positives are found."""
         if self.embedding.loss == "cosine":
             truth, guess = ([result[key] for result in results] for key in ("label", "similarity"))
-            errors = [(mine - theirs) ** 2 for mine, theirs in zip(guess, truth, strict=True)]
-            return {"loss": math.fsum(errors) / len(errors), **correlations(truth, guess)}
-        return {"loss": self._split_loss(results), **_retrieval(results)}
+            return {"loss": math.fsum(self.row_figures(results)) / len(results), **correlations(truth, guess)}
+        found = {"loss": self._row_losses(results), **_found(_ranks(results))}
+        return {name: math.fsum(figures) / len(results) for name, figures in found.items()}
 
-    def _split_loss(self, results: Sequence[Mapping[str, Any]]) -> float:
-        """Loss per row, every row's candidates being those of all rows."""
+    def resampler(self, results: Sequence[Mapping[str, Any]]) -> Resampler:
+        """The same; what is drawn anew are the anchors, each with the candidates of the whole split."""
+        if self.embedding.loss != "cosine":
+            return means_of({"loss": self._row_losses(results), **_found(_ranks(results))})
+        loss = means_of({"loss": self.row_figures(results)})
+        both = correlations_of([result["label"] for result in results], [result["similarity"] for result in results])
+        return lambda counts: loss(counts) | both(counts)
+
+    def row_figures(self, results: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The squared error of a row's similarity, or 1 over the rank of its positive."""
+        if self.embedding.loss == "cosine":
+            return [(result["similarity"] - result["label"]) ** 2 for result in results]
+        return _found(_ranks(results))["mrr"]
+
+    def _row_losses(self, results: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Loss of each row, every row's candidates being those of all rows."""
+        if self.embedding.loss != "contrastive":
+            return [float(self.loss_sum(result["_vectors"], result["_labels"])) for result in results]
         vectors = torch.cat([result["_vectors"] for result in results])
         labels = self.join_labels([result["_labels"] for result in results])
-        if self.embedding.loss != "contrastive":
-            return float(self.loss_sum(vectors, labels)) / len(results)
         vectors = functional.normalize(vectors, dim=-1)
         anchors, positives, negatives = (vectors[labels[:, 1] == role] for role in (ANCHOR, POSITIVE, NEGATIVE))
         candidates, own = torch.cat([positives, negatives]), torch.arange(len(anchors))
         chunks = zip(anchors.split(CHUNK), own.split(CHUNK), strict=True)
-        return math.fsum(float(self._contrastive(part, candidates, places)) for part, places in chunks) / len(results)
+        losses = [self._contrastive(part, candidates, places, reduction="none") for part, places in chunks]
+        return torch.cat(losses).tolist()
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -185,8 +209,8 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tens
     return (hidden * seen).sum(1) / seen.sum(1)
 
 
-def _retrieval(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Recall, mean reciprocal rank and nDCG of finding each anchor's positive among all positives and negatives of the split.
+def _ranks(results: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The rank of each anchor's positive among all positives and negatives of the split, by cosine.
 
     A text that occurs twice is one candidate, and other positives of the same anchor do not compete.
     """
@@ -194,17 +218,23 @@ def _retrieval(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         text: vector for result in results for text, vector in zip(result["_texts"][1:], result["_vectors"][1:], strict=True)
     }
     places = {text: number for number, text in enumerate(corpus)}
+    own = torch.tensor([places[result["_texts"][1]] for result in results])
     positives: dict[str, set[int]] = {}
-    for result in results:
-        positives.setdefault(result["_texts"][0], set()).add(places[result["_texts"][1]])
+    for result, place in zip(results, own.tolist(), strict=True):
+        positives.setdefault(result["_texts"][0], set()).add(place)
     candidates = functional.normalize(torch.stack(list(corpus.values())), dim=-1)
-    ranks = []
-    for result in results:
-        similar = candidates @ functional.normalize(result["_vectors"][0], dim=-1)
-        own = places[result["_texts"][1]]
-        others = [place for place in positives[result["_texts"][0]] if place != own]
-        similar[others] = -math.inf
-        ranks.append(1 + int((similar > similar[own]).sum()))
-    found = {f"recall_at_{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5, 10)}
-    gains = [1 / math.log2(1 + rank) for rank in ranks if rank <= 10]
-    return found | {"mrr": sum(1 / rank for rank in ranks) / len(ranks), "ndcg_at_10": sum(gains) / len(ranks)}
+    anchors = functional.normalize(torch.stack([result["_vectors"][0] for result in results]), dim=-1)
+    ranks: list[int] = []
+    for part in torch.arange(len(results)).split(CHUNK):
+        similar = anchors[part] @ candidates.T  # (CHUNK, C)
+        for line, row in zip(similar, part.tolist(), strict=True):
+            line[[place for place in positives[results[row]["_texts"][0]] if place != own[row]]] = -math.inf
+        ranks += (1 + (similar > similar.gather(1, own[part][:, None])).sum(1)).tolist()
+    return ranks
+
+
+def _found(ranks: Sequence[int]) -> dict[str, list[float]]:
+    """How well each row's positive was found: recall, reciprocal rank and nDCG, where but one candidate is relevant."""
+    found = {f"recall_at_{k}": [float(rank <= k) for rank in ranks] for k in (1, 5, 10)}
+    gains = [1 / math.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks]
+    return found | {"mrr": [1 / rank for rank in ranks], "ndcg_at_10": gains}

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from peftkit.formats.base import RowError
 from peftkit.tasks.example import IGNORE_INDEX, Example, LogitsOf
+from peftkit.tasks.resampling_torch import Resampler, column, share
 
 _SCORED_TOGETHER = 128  # positions whose logits are in memory together
 
@@ -95,6 +96,18 @@ def summarise_tokens(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     perplexity = math.exp(loss) if loss < 700 else math.inf
     accuracy = sum(row["num_correct"] for row in results) / sum(row["num_tokens"] for row in results)
     return {"loss": loss, "perplexity": perplexity, "token_accuracy": accuracy}
+
+
+def token_resampler(results: Sequence[Mapping[str, Any]]) -> Resampler:
+    """The metrics of `summarise_tokens`, of many resamples."""
+    names = ("loss_sum", "num_targets", "num_correct", "num_tokens")
+    loss_sum, num_targets, num_correct, num_tokens = (column([result[name] for result in results]) for name in names)
+
+    def resampled(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = share(counts, loss_sum, num_targets)
+        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": share(counts, num_correct, num_tokens)}
+
+    return resampled
 
 
 def strip_end(ids: list[int], tokenizer: Any) -> list[int]:

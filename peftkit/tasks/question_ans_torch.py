@@ -15,7 +15,10 @@ from peftkit.formats.base import RowError
 from peftkit.tasks import squad
 from peftkit.tasks.encoding import Encoding, SpanSettings
 from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View
+from peftkit.tasks.resampling_torch import Resampler, column, share
 from peftkit.tasks.runtime_torch import BaseRuntime, require_offsets
+
+_METRICS = {"exact_match": squad.exact_match, "f1": squad.f1}
 
 
 class _Window(NamedTuple):
@@ -56,6 +59,8 @@ class Runtime(BaseRuntime):
     `num_targets` counts windows. Windows that do not hold the whole answer have the position of "no answer" as start and end:
     that of the CLS token, or the first one where there is none (Devlin et al. 2019, arXiv:1810.04805, section 4.3).
     """
+
+    row_figure = ("f1", True)
 
     def __init__(self, tokenizer: Any, settings: Encoding) -> None:
         super().__init__(tokenizer, settings)
@@ -164,7 +169,11 @@ class Runtime(BaseRuntime):
             result |= {"answers": answers, "loss_sum": float(losses[rows].sum()), "num_targets": len(example.sequences) * known}
             if known:
                 guess = result["prediction"]
-                result |= {"exact_match": squad.exact_match(guess, answers), "f1": squad.f1(guess, answers)}
+                result |= {name: metric(guess, answers) for name, metric in _METRICS.items()}
+                if self.span.unanswerable:
+                    span = result["_span"]
+                    result["_with_answer"] = {name: metric(span, answers) for name, metric in _METRICS.items()}
+                    result["_without"] = float(not answers)
             results.append(result)
         return results
 
@@ -179,10 +188,13 @@ class Runtime(BaseRuntime):
         best, null = max(spans, key=lambda span: span.score), min(nulls)
         allowed = [*totals, null] if self.span.unanswerable else totals
         total = float(torch.tensor(allowed).logsumexp(0))
-        if self.span.unanswerable and null - best.score > self.span.null_score_threshold:
-            return {"prediction": "", "score": math.exp(null - total), "start": None, "end": None}
         start, end = _without_space(context, best.start, best.end)
-        return {"prediction": context[start:end], "score": math.exp(best.score - total), "start": start, "end": end}
+        found = {"prediction": context[start:end], "score": math.exp(best.score - total), "start": start, "end": end}
+        if not self.span.unanswerable:
+            return found
+        if null - best.score > self.span.null_score_threshold:
+            found = {"prediction": "", "score": math.exp(null - total), "start": None, "end": None}
+        return found | {"null_score": null - best.score, "_span": context[start:end]}
 
     def _best_in(self, logits: torch.Tensor, window: _Window) -> tuple[_Span, float]:
         """The best span inside a window's context, and the logarithm of the sum of all spans' exponentials. Logits (T, 2)."""
@@ -227,7 +239,25 @@ class Runtime(BaseRuntime):
         }
         for name, rows in parts.items() if parts["no_answer"] else ():
             metrics |= {f"{name}_{metric}": value for metric, value in _means(rows).items()} if rows else {}
-        return metrics
+        return metrics | (_best_thresholds(results) if self.span.unanswerable and parts["no_answer"] else {})
+
+    def resampler(self, results: Sequence[Mapping[str, Any]]) -> Resampler:
+        """Loss, exact match and F1, also apart for questions with and without answer, if any."""
+        answered = column([float(bool(result["answers"])) for result in results])
+        parts = {"": torch.ones_like(answered)}
+        parts |= {"has_answer_": answered, "no_answer_": 1 - answered} if not answered.all() else {}
+        loss_sum, num_windows, *figures = (
+            column([result[name] for result in results]) for name in ("loss_sum", "num_targets", *_METRICS)
+        )
+        named = list(zip(_METRICS, figures, strict=True))
+        return lambda counts: (
+            {"loss": share(counts, loss_sum, num_windows)}
+            | {f"{part}{name}": share(counts, figure * rows, rows) for part, rows in parts.items() for name, figure in named}
+        )
+
+    def row_figures(self, results: Sequence[Mapping[str, Any]]) -> list[float]:
+        """F1 of every row."""
+        return [result["f1"] for result in results]
 
 
 def _notes(windows: Sequence[_Window], places: Sequence[tuple[int, int]], answers: Mapping[str, Any]) -> tuple[str, ...]:
@@ -239,7 +269,16 @@ def _notes(windows: Sequence[_Window], places: Sequence[tuple[int, int]], answer
 
 
 def _means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {name: sum(result[name] for result in results) / len(results) for name in ("exact_match", "f1")}
+    return {name: sum(result[name] for result in results) / len(results) for name in _METRICS}
+
+
+def _best_thresholds(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the best `evaluation.null_score_threshold` would give on these rows, and which it is."""
+    found = {}
+    for name in _METRICS:
+        rows = [(result["null_score"], result["_with_answer"][name], result["_without"]) for result in results]
+        found[f"best_{name}"], found[f"best_{name}_threshold"] = squad.best_threshold(rows)
+    return found
 
 
 def _window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,10 @@ PROBE_TEXTS = (
 
 
 class BaseRuntime:
-    """See `peftkit.tasks.example.Runtime`; a task adds `encode_row`, `labels_tensor`, `loss_sum`, `score` and `summarise`."""
+    """See `peftkit.tasks.example.Runtime`; a task adds `encode_row`, `labels_tensor`, `loss_sum`, `score` and its metrics."""
 
     couples_rows = False
+    row_figure = ("loss", False)
 
     def __init__(self, tokenizer: Any, settings: Encoding) -> None:
         self.tokenizer, self.settings = tokenizer, settings
@@ -85,6 +86,10 @@ class BaseRuntime:
     def join_labels(self, labels: Sequence[torch.Tensor]) -> torch.Tensor:
         """One batch's labels after the other's."""
         return torch.cat(list(labels))
+
+    def row_figures(self, results: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The loss per target of every row."""
+        return [result["loss_sum"] / result["num_targets"] for result in results]
 
     def answer(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The prediction alone."""

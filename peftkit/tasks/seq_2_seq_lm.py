@@ -2,6 +2,7 @@
 
 from peftkit.tasks.base import Task
 from peftkit.tasks.causal_lm import LANGUAGE_METRICS
+from peftkit.tasks.generations import GENERATION_KEYS
 
 SEQ_2_SEQ_LM = Task(
     name="SEQ_2_SEQ_LM",
@@ -16,6 +17,6 @@ SEQ_2_SEQ_LM = Task(
     has_head=False,
     has_labels=False,
     train_on=(),
-    own_keys=("data.source_prefix",),
+    own_keys=("data.source_prefix", *GENERATION_KEYS),
     runtime_module="peftkit.tasks.seq_2_seq_lm_torch",
 )

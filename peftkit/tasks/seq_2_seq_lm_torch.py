@@ -9,7 +9,8 @@ import torch
 
 from peftkit.formats.base import RowError
 from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, LogitsOf, View, fit_length
-from peftkit.tasks.language_torch import flat_messages, score_tokens, summarise_tokens, token_loss_sum
+from peftkit.tasks.language_torch import flat_messages, score_tokens, summarise_tokens, token_loss_sum, token_resampler
+from peftkit.tasks.resampling_torch import Resampler
 from peftkit.tasks.runtime_torch import BaseRuntime, check_ids, pad, pad_inputs
 
 
@@ -105,6 +106,10 @@ class Runtime(BaseRuntime):
     def summarise(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Loss, perplexity, token accuracy."""
         return summarise_tokens(results)
+
+    def resampler(self, results: Sequence[Mapping[str, Any]]) -> Resampler:
+        """See `token_resampler`."""
+        return token_resampler(results)
 
     def probe_row(self, text: str) -> dict[str, Any]:
         """A text and the same as its answer."""

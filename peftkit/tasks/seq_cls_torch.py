@@ -12,10 +12,22 @@ from torch.nn import functional
 from peftkit.formats.base import RowError
 from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, fit_length
+from peftkit.tasks.resampling_torch import (
+    Resampler,
+    column,
+    correlations_of,
+    f1_of,
+    macro_f1,
+    means_of,
+    ratio,
+    tallies,
+    weighted_f1,
+)
 from peftkit.tasks.runtime_torch import BaseRuntime
-from peftkit.tasks.seq_cls import MULTI, REGRESSION, class_of, number_of
+from peftkit.tasks.seq_cls import MULTI, REGRESSION, SINGLE, class_of, number_of
 from peftkit.tasks.statistics import class_table, correlations
 
+ROW_FIGURES = {SINGLE: ("right", True), MULTI: ("f1", True), REGRESSION: ("absolute_error", False)}
 THRESHOLD = 0.5  # probability from which on a class counts as predicted, with several labels per row
 
 
@@ -29,6 +41,7 @@ class Runtime(BaseRuntime):
         super().__init__(tokenizer, settings)
         self.label_ids = {name: number for number, name in enumerate(settings.labels)}
         self.problem_type = settings.problem_type
+        self.row_figure = ROW_FIGURES.get(settings.problem_type, ROW_FIGURES[SINGLE])
 
     def encode_row(self, row: Mapping[str, Any], origin: str, target: bool) -> list[Example]:
         """Token ids of the text (or pair) and its label."""
@@ -161,6 +174,33 @@ class Runtime(BaseRuntime):
         names = list(self.settings.labels)
         return loss | (_set_metrics if self.problem_type == MULTI else _class_metrics)(truth, guess, names)
 
+    def resampler(self, results: Sequence[Mapping[str, Any]]) -> Resampler:
+        """Loss and the metrics of the problem type, tables aside."""
+        truth = [result["label"] for result in results]
+        guess = [result["prediction"] for result in results]
+        loss = means_of({"loss": [result["loss_sum"] for result in results]})
+        if self.problem_type == REGRESSION:
+            further = _number_resampler(truth, guess)
+        elif self.problem_type == MULTI:
+            further = _set_resampler(self._marks(truth), self._marks(guess))
+        else:
+            wanted, guessed = (torch.tensor([self.label_ids[name] for name in names]) for names in (truth, guess))
+            further = _class_resampler(wanted, guessed, len(self.label_ids))
+        return lambda counts: loss(counts) | further(counts)
+
+    def _marks(self, rows: Sequence[Sequence[str]]) -> torch.Tensor:
+        """0 or 1 for every row and class (N, C)."""
+        return column([[int(name in row) for name in self.settings.labels] for row in rows])
+
+    def row_figures(self, results: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Whether the class is right, the F1 of the row's classes, or how far the number is off."""
+        pairs = [(result["label"], result["prediction"]) for result in results]
+        if self.problem_type == REGRESSION:
+            return [abs(truth - guess) for truth, guess in pairs]
+        if self.problem_type == MULTI:
+            return [_row_f1(set(truth), set(guess)) for truth, guess in pairs]
+        return [float(truth == guess) for truth, guess in pairs]
+
 
 def _class_metrics(truth: list[str], guess: list[str], names: list[str]) -> dict[str, Any]:
     """Accuracy, F1, Matthews correlation, a table by class and the confusion matrix."""
@@ -203,3 +243,51 @@ def _number_metrics(truth: list[float], guess: list[float]) -> dict[str, Any]:
         "mae": math.fsum(map(abs, errors)) / len(errors),
         **correlations(truth, guess),
     }
+
+
+def _row_f1(truth: set[str], guess: set[str]) -> float:
+    """F1 of a row's classes; 1 where there are none and none were guessed."""
+    return 2 * len(truth & guess) / (len(truth) + len(guess)) if truth or guess else 1.0
+
+
+def _class_resampler(truth: torch.Tensor, guess: torch.Tensor, num_classes: int) -> Resampler:
+    """What `_class_metrics` gives, from how often each class is right, guessed and wanted (MCC: Gorodkin 2004)."""
+
+    def resampled(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        right = tallies(counts * (truth == guess), truth, num_classes)
+        guessed, wanted = tallies(counts, guess, num_classes), tallies(counts, truth, num_classes)
+        total, num_right = counts.sum(1), right.sum(1)
+        spreads = (total**2 - guessed.square().sum(1)) * (total**2 - wanted.square().sum(1))
+        return {
+            "accuracy": num_right / total,
+            "f1_macro": macro_f1(right, guessed, wanted),
+            "f1_weighted": weighted_f1(right, guessed, wanted),
+            "mcc": ratio(num_right * total - (guessed * wanted).sum(1), spreads.sqrt()),
+        }
+
+    return resampled
+
+
+def _set_resampler(truth: torch.Tensor, guess: torch.Tensor) -> Resampler:
+    """What `_set_metrics` gives, from 0 and 1 of every row and class (N, C)."""
+    both = truth * guess
+    of_rows = torch.where((truth + guess).sum(1) > 0, f1_of(both.sum(1), guess.sum(1), truth.sum(1)), 1.0)
+    means = means_of({"f1_samples": of_rows.tolist(), "exact_match": (truth == guess).all(1).double().tolist()})
+
+    def resampled(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        right, guessed, wanted = (counts @ marks for marks in (both, guess, truth))
+        return {
+            "f1_micro": f1_of(right.sum(1), guessed.sum(1), wanted.sum(1)),
+            "f1_macro": f1_of(right, guessed, wanted).mean(1),
+            "f1_weighted": weighted_f1(right, guessed, wanted),
+        } | means(counts)
+
+    return resampled
+
+
+def _number_resampler(truth: list[float], guess: list[float]) -> Resampler:
+    """What `_number_metrics` gives."""
+    errors = [mine - theirs for mine, theirs in zip(guess, truth, strict=True)]
+    means = means_of({"mse": [error**2 for error in errors], "mae": [abs(error) for error in errors]})
+    both = correlations_of(truth, guess)
+    return lambda counts: means(counts) | both(counts)

@@ -31,3 +31,23 @@ def _word_f1(guess: list[str], answer: list[str]) -> float:
         return float(guess == answer)
     common = sum((Counter(guess) & Counter(answer)).values())
     return 2 * common / (len(guess) + len(answer))
+
+
+def best_threshold(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """The best mean figure that a threshold of "no answer" gives, and the lowest threshold that gives it.
+
+    Searched as SQuAD 2.0's own grader does (Rajpurkar et al. 2018, arXiv:1806.03822), over the rows' scores.
+
+    Args:
+        rows: of each row how much higher the score of "no answer" is than that of its best answer, and its figure (exact match
+            or F1) with that answer and without one.
+    """
+    ordered = sorted(rows)
+    total = sum(without for _, _, without in ordered)
+    best, threshold = total, ordered[0][0] - 1.0
+    for place, (score, answered, without) in enumerate(ordered):
+        total += answered - without
+        is_last = place + 1 == len(ordered) or ordered[place + 1][0] > score
+        if is_last and total > best:
+            best, threshold = total, score
+    return best / len(ordered), threshold

@@ -15,6 +15,7 @@ from torch.nn import functional
 from peftkit.formats.base import RowError
 from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import IGNORE_INDEX, Batch, Example, View, fit_length
+from peftkit.tasks.resampling_torch import Resampler, column, f1_of, macro_f1, ratio, share, weighted_f1
 from peftkit.tasks.runtime_torch import BaseRuntime, as_sequences, pad, require_offsets
 from peftkit.tasks.statistics import class_table
 from peftkit.tasks.token_cls import has_spans, inner_tag
@@ -50,6 +51,8 @@ class Runtime(BaseRuntime):
 
     `details["places"]` of an example holds (window, position) of every word that has one.
     """
+
+    row_figure = ("token_accuracy", True)
 
     def __init__(self, tokenizer: Any, settings: Encoding) -> None:
         super().__init__(tokenizer, settings)
@@ -258,6 +261,24 @@ class Runtime(BaseRuntime):
         rest = _span_metrics(truth, guess) if self.marks_spans else _tag_metrics(pairs, self.settings.labels)
         return metrics | ({"num_words_cut": cut} if cut else {}) | rest
 
+    def resampler(self, results: Sequence[Mapping[str, Any]]) -> Resampler:
+        """Loss, token accuracy, and precision, recall and F1 of spans, or F1 of tags."""
+        truth, guess = ([result[key] for result in results] for key in ("label", "prediction"))
+        loss_sum, num_words = column([result["loss_sum"] for result in results]), column([len(row) for row in truth])
+        right = column([_num_equal(*row) for row in zip(truth, guess, strict=True)])
+        rest = _span_resampler(truth, guess) if self.marks_spans else _tag_resampler(truth, guess, self.label_ids)
+        return lambda counts: (
+            {
+                "loss": share(counts, loss_sum, num_words),
+                "token_accuracy": share(counts, right, num_words),
+            }
+            | rest(counts)
+        )
+
+    def row_figures(self, results: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The share of right tags of every row."""
+        return [_num_equal(row["label"], row["prediction"]) / len(row["label"]) for row in results]
+
 
 def _span_metrics(truth: list[list[str]], guess: list[list[str]]) -> dict[str, Any]:
     """Precision, recall and F1 of whole spans, as CoNLL counts them, and a table by kind."""
@@ -292,3 +313,37 @@ def _tag_metrics(pairs: list[tuple[str, str]], names: Sequence[str]) -> dict[str
         "f1_macro": float(metrics.f1_score(truth, guess, average="macro", zero_division=0)),
         "by_class": class_table(truth, guess, names, names),
     }
+
+
+def _num_equal(truth: Sequence[str], guess: Sequence[str]) -> int:
+    return sum(mine == theirs for mine, theirs in zip(guess, truth, strict=True))
+
+
+def _span_resampler(truth: list[list[str]], guess: list[list[str]]) -> Resampler:
+    """What `_span_metrics` gives, from the numbers of right, guessed and wanted spans of every row."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    spans = [(set(get_entities(mine)), set(get_entities(theirs))) for mine, theirs in zip(guess, truth, strict=True)]
+    numbers = column([(len(mine & theirs), len(mine), len(theirs)) for mine, theirs in spans])
+
+    def resampled(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        right, guessed, wanted = (counts @ numbers).unbind(1)
+        return {"f1": f1_of(right, guessed, wanted), "precision": ratio(right, guessed), "recall": ratio(right, wanted)}
+
+    return resampled
+
+
+def _tag_resampler(truth: list[list[str]], guess: list[list[str]], label_ids: Mapping[str, int]) -> Resampler:
+    """What `_tag_metrics` gives, from the numbers of right, guessed and wanted tags of every row (N, tags)."""
+    right, guessed, wanted = torch.zeros(3, len(truth), len(label_ids), dtype=torch.float64)
+    for row, pairs in enumerate(zip(truth, guess, strict=True)):
+        for theirs, mine in zip(*pairs, strict=True):
+            wanted[row, label_ids[theirs]] += 1
+            guessed[row, label_ids[mine]] += 1
+            right[row, label_ids[mine]] += mine == theirs
+
+    def resampled(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        sums = [counts @ numbers for numbers in (right, guessed, wanted)]
+        return {"f1": weighted_f1(*sums), "f1_macro": macro_f1(*sums)}
+
+    return resampled

