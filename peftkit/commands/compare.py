@@ -13,13 +13,13 @@ from peftkit.comparison.record import Record
 from peftkit.comparison.variants import (
     Variant,
     make_variants,
+    override_text,
     refuse_lengths,
     wanted_of,
 )
 from peftkit.errors import RecipeError
 from peftkit.recipe import LoadedRecipe
 from peftkit.stop import stops_at_once
-from peftkit.tasks import TASKS
 
 
 def compare(path: Path, stated: Mapping[str, Any], options: experiment.Options) -> Record:
@@ -31,9 +31,8 @@ def compare(path: Path, stated: Mapping[str, Any], options: experiment.Options) 
     """
     path, options = experiment.directory_given(path, options)
     with stops_at_once("before the first trial"):
-        asked = read_experiment(path, Comparison, stated)
+        asked = with_forgetting(read_experiment(path, Comparison, stated), path)
         loaded = experiment.prepare(asked, options)
-        asked = asked.model_copy(update={"forgetting": rows_to_forget(asked, loaded, path)})
         wanted = wanted_of(asked.methods, asked.variants)
         refuse_lengths(wanted, asked.budget)
         # The file in the directory says all of it, so that it can be run without the command line.
@@ -43,28 +42,17 @@ def compare(path: Path, stated: Mapping[str, Any], options: experiment.Options) 
             settle(record, loaded, asked, options)
     with experiment.opened(record, loaded, asked, options):
         experiment.run(record, loaded, asked, options, experiment.planned(record, loaded, asked))
-        if asked.forgetting is not None:
-            experiment.measure_forgetting(record, loaded, asked, options)
         record.finish()
     return record
 
 
-def rows_to_forget(asked: Comparison, loaded: LoadedRecipe, path: Path) -> str | None:
-    """The absolute path of the rows on which forgetting is measured, where it is.
-
-    Raises:
-        RecipeError: they are not there, or the task has no loss of the base model to compare with.
-    """
+def with_forgetting(asked: Comparison, path: Path) -> Comparison:
+    """The same with `forgetting` as a key of the recipe, its path seen from the file or from the current folder."""
     if asked.forgetting is None:
-        return None
-    if not TASKS[loaded.recipe.task].generates:
-        raise RecipeError(
-            f"--forgetting: is for language models; {loaded.recipe.task} has no loss that its base model had before"
-        )
-    for folder in (path.parent, Path()):
-        if (folder / asked.forgetting).is_file():
-            return str((folder / asked.forgetting).absolute())
-    raise RecipeError(f"--forgetting {asked.forgetting}: there is no such file")
+        return asked
+    found = next((place for place in (path.parent, Path()) if (place / asked.forgetting).is_file()), Path())
+    text = override_text("evaluation.forgetting", str((found / asked.forgetting).absolute()))
+    return asked.model_copy(update={"forgetting": None, "set": [*asked.set, text]})
 
 
 def settle(record: Record, loaded: LoadedRecipe, asked: Comparison, options: experiment.Options) -> None:

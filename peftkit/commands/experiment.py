@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
-from peftkit.comparison.file import FILE, Budget, Comparison, Experiment, read_experiment, top_key, write_experiment
+from peftkit.comparison.file import FILE, Budget, Experiment, read_experiment, top_key, write_experiment
 from peftkit.comparison.record import TRIALS, Record
 from peftkit.comparison.result import INTERVAL, failures, table
 from peftkit.comparison.trials import TIMED_STEPS, Trial, exit_code_of, run_all, timed_steps
@@ -263,29 +263,6 @@ def _take_time(variant: dict[str, Any], trial: Trial, code: int, seconds: float)
             entry |= {"state": "failed", "exit_code": exit_code_of(code), "error": f"could not be timed: {trial.error(code)}"}
         else:
             variant["steps"][str(entry["seed"])] = timed_steps(trial, seconds)
-
-
-def measure_forgetting(record: Record, loaded: LoadedRecipe, asked: Comparison, options: Options) -> None:
-    """Measure what the runs that are done have forgotten, each in a process of its own.
-
-    Raises:
-        Stopped: a signal asked for it.
-    """
-    rows, trials = Path(str(asked.forgetting)), []
-    for entry in record.trials():
-        if entry["state"] == "done" and entry["forgetting"] is None:
-            variant = next(variant for variant in record.variants if entry in variant["trials"])
-            trials.append(dataclasses.replace(make_trial(record, loaded, asked, variant, entry["seed"]), forgetting=rows))
-
-    def end(trial: Trial, code: int, seconds: float) -> None:
-        if code == 0:
-            record.entry_of(trial)["forgetting"] = json.loads(trial.forgetting_path.read_text(encoding="utf-8"))["forgetting"]
-        else:
-            note = f"{trial.variant}, seed {trial.seed}: forgetting was not measured (exit {code}); {trial.log_path} says why"
-            record.result["notes"].append(note)
-
-    if number := run_all(iter(trials), options.jobs, lambda trial: None, end):
-        raise stopped(number, told(record))
 
 
 def print_comparison(record: Record) -> None:

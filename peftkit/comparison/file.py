@@ -54,7 +54,8 @@ class Comparison(Experiment):
         None, description="Choose sizes so that all train as many parameters as this variant, or as this number."
     )
     forgetting: str | None = Field(
-        None, description="Rows of other text: how much the loss on them has grown by training (language models)."
+        None,
+        description="File of other texts: how much the loss on them grows by training; the recipe's `evaluation.forgetting`.",
     )
 
 

@@ -38,7 +38,6 @@ class Trial:
         dir: its run directory.
         recipe: the recipe's file.
         overrides: `--set` arguments.
-        forgetting: rows on which a run that is done is measured, instead of being trained.
     """
 
     variant: str
@@ -46,7 +45,6 @@ class Trial:
     dir: Path
     recipe: Path
     overrides: tuple[str, ...]
-    forgetting: Path | None = None
 
     @property
     def log_path(self) -> Path:
@@ -54,19 +52,12 @@ class Trial:
         return self.dir.with_name(f"{self.dir.name}.log")
 
     @property
-    def forgetting_path(self) -> Path:
-        """What it has forgotten."""
-        return self.dir.with_name(f"{self.dir.name}.forgetting.json")
-
-    @property
     def is_done(self) -> bool:
         """Whether it has been trained, evaluated and certified."""
         return bool(Run(self.dir).read_status().get("state") == "done")
 
     def arguments(self) -> list[str]:
-        """The module and arguments that train it, or go on with it where it has begun, or measure it."""
-        if self.forgetting is not None:
-            return ["peftkit.commands.forgetting", *map(str, (self.dir, self.forgetting, self.forgetting_path))]
+        """The module and arguments that train it, or go on with it where it has begun."""
         begun = Run(self.dir).resolved_path.is_file()
         changes = [part for text in self.overrides for part in ("--set", text)]
         return ["peftkit", "train", str(self.recipe), *changes, "--output", str(self.dir), *["--resume"] * begun]
@@ -183,6 +174,7 @@ def figures(run: Run, split: str) -> dict[str, Any]:
         "target_tokens_per_second": summary["target_tokens_per_second"],
         "target_tokens": lines[-1]["target_tokens"] if lines else 0,
         "steps": summary["global_step"],
+        "forgetting": summary.get("forgetting", {}).get("rise"),
     }
 
 
