@@ -276,11 +276,6 @@ class Run:
         folder = self.dir / "evaluations"
         return folder / f"{split}.json", folder / f"{split}.predictions.jsonl"
 
-    def evaluated_splits(self) -> list[str]:
-        """The splits, and names of files, that have been evaluated."""
-        ending = ".predictions.jsonl"
-        return sorted(path.name.removesuffix(ending) for path in (self.dir / "evaluations").glob(f"*{ending}"))
-
     def generations_path(self, split: str) -> Path:
         """Generated answers of a split beside those of its rows."""
         return self.dir / "evaluations" / f"{split}.generations.jsonl"
@@ -289,6 +284,11 @@ class Run:
         """How the adapter differs from its base on a split: metrics, and a line for every row."""
         folder = self.dir / "evaluations"
         return folder / f"{split}.comparison.json", folder / f"{split}.comparison.jsonl"
+
+    def evaluated_splits(self) -> list[str]:
+        """The splits, and names of files, that have been evaluated."""
+        ending = ".predictions.jsonl"
+        return sorted(path.name.removesuffix(ending) for path in (self.dir / "evaluations").glob(f"*{ending}"))
 
     @property
     def template_date(self) -> str | None:

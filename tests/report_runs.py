@@ -71,7 +71,7 @@ def _lines(num_steps: int, losses: Mapping[int, float], spikes: Sequence[int], a
         if step in (10, 20, 30, 40):
             lines.append(_evaluated(step, {10: 1.4, 20: 1.0, 30: 0.8, 40: 1.2}[step], accuracy))
     answers = [{"prompt": "2+2?", "prediction": EVIL}]
-    return [*lines, {"step": 30, "split": "validation", "samples": answers}, _evaluated(30, 0.8, accuracy)]
+    return [*lines, _evaluated(30, 0.8, accuracy), {"step": 30, "split": "validation", "samples": answers}]
 
 
 def _evaluated(step: int, loss: float, accuracy: float) -> dict[str, Any]:

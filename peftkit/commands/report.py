@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
+from peftkit.errors import ResourceError
 from peftkit.report import Sources, read_sources
 from peftkit.report.page import charts_of, render
 from peftkit.report.pictures import write_pictures
@@ -22,12 +23,19 @@ def report(folders: Sequence[Path], output: Path | None, pictures: Path | None) 
         folders: run directories, and folders of comparisons.
         output: the HTML file; default: `report.html` in the folder, or in the current one for several.
         pictures: folder for the curves as PNG files; None: none are drawn.
+
+    Raises:
+        LoadError, RecipeError: see `read_sources`.
+        ResourceError: the file or the pictures cannot be written.
     """
     path = output or Run(folders[0] if len(folders) == 1 else Path()).report_path
     require_place(path, "--output")
     found = read_sources(folders)
     drawn = write_pictures(charts_of(found.runs, found.comparisons), pictures) if pictures is not None else []
-    write_text(path, render(found.runs, found.comparisons))
+    try:
+        write_text(path, render(found.runs, found.comparisons))
+    except OSError as error:
+        raise ResourceError(f"--output {path}: cannot be written: {error.strerror}; name another place") from error
     return {"report": str(path), "bytes": path.stat().st_size, "pictures": [str(picture) for picture in drawn]} | _facts(found)
 
 

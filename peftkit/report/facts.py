@@ -17,6 +17,7 @@ from peftkit.run import Run
 
 Json = dict[str, Any]
 MAX_PREDICTIONS = 20_000  # rows of a split that are looked at
+MAX_ANSWERS = 10  # generated answers that are shown
 MAX_FINDINGS = 50  # findings of the audit that are kept word for word; all are counted
 
 
@@ -29,6 +30,7 @@ class Evaluation:
         num_rows: rows that were scored.
         metrics: numbers and tables, as `evaluations/SPLIT.json` has them.
         predictions: one mapping per row.
+        answers: those that were generated, beside what the rows say; a mapping each.
         comparison: the adapter against its base, where `evaluate --compare-base` has been run; else empty.
     """
 
@@ -36,6 +38,7 @@ class Evaluation:
     num_rows: int
     metrics: Json
     predictions: list[Json]
+    answers: list[Json]
     comparison: Json
 
 
@@ -191,7 +194,8 @@ def _scores(lines: Sequence[Json]) -> dict[str, list[tuple[int, dict[str, float]
 def _kept_step(lines: Sequence[Json]) -> int | None:
     """At its end a run evaluates what it keeps: an evaluation of an earlier step, after the last training line."""
     last = max((line["step"] for line in lines if "loss" in line and is_number(line.get("step"))), default=0)
-    step = finite(lines[-1].get("step")) if lines and "metrics" in lines[-1] else None
+    newest = next((line for line in reversed(lines) if "metrics" in line or "loss" in line), {})
+    step = finite(newest.get("step")) if "metrics" in newest else None
     return int(step) if step is not None and 0 < step < last else None
 
 
@@ -199,9 +203,10 @@ def _evaluation(run: Run, split: str, bad: list[str]) -> Evaluation:
     metrics_path, predictions_path = run.evaluation_paths(split)
     known = _read(metrics_path, _json, bad)
     predictions = list(islice(_json_lines(predictions_path, bad), MAX_PREDICTIONS))
+    answers = list(islice(_json_lines(run.generations_path(split), bad), MAX_ANSWERS))
     comparison = _read(run.comparison_paths(split)[0], _json, bad)
-    metrics = mapping(known.get("metrics"))
-    return Evaluation(split, known.get("num_rows", len(predictions)), metrics, predictions, comparison)
+    num_rows = known.get("num_rows", len(predictions))
+    return Evaluation(split, num_rows, mapping(known.get("metrics")), predictions, answers, comparison)
 
 
 def _text(path: Path) -> str:

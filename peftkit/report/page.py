@@ -92,9 +92,11 @@ def headline(facts: RunFacts) -> list[tuple[str, str, str]]:
 
 
 def _columns(runs: Sequence[RunFacts]) -> list[tuple[str, str]]:
-    """(split, metric) that the table of several runs has a column for."""
-    found = {(split, name): None for facts in runs for split, scores in facts.last_scores.items() for name in scores}
-    return list(found)
+    """(split, metric) that the table of several runs has a column for, those that runs are judged by first."""
+    judged = dict.fromkeys((split, metric_of(facts, split)[0]) for facts in runs for split in facts.last_scores)
+    return list(
+        judged | {(split, name): None for facts in runs for split, scores in facts.last_scores.items() for name in scores}
+    )
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from peftkit.report.charts import Line, chart, mean_of, nice_ticks, thin
 from peftkit.report.comparison import read_comparison
 from peftkit.report.curves import run_charts, throughput
 from peftkit.report.examples import confusion, examples
-from peftkit.report.facts import RunFacts, read_run, read_runs
+from peftkit.report.facts import Evaluation, RunFacts, read_run, read_runs
 from peftkit.report.page import headline
 from peftkit.report.spread import intervals, pareto
 from peftkit.report.verdict import verdict
@@ -46,6 +46,9 @@ def test_a_certified_run_is_said_to_be_one_first(facts: RunFacts) -> None:
 def test_the_step_whose_adapter_was_kept_is_known_from_the_last_evaluation(facts: RunFacts) -> None:
     assert facts.kept_step == 30
     assert [step for step, _ in facts.scores["validation"]] == [0, 10, 20, 30, 40]
+    with facts.run.metrics_path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 41, "loss": 0.1}\n')
+    assert read_run(facts.run.dir).kept_step is None
 
 
 def test_the_headline_has_the_metric_that_decides_with_the_untrained_one_beside(facts: RunFacts) -> None:
@@ -115,6 +118,27 @@ def test_what_runs_differ_in_is_listed_by_key(tmp_path: Path) -> None:
     assert differing(runs) == {"training.learning_rate": [0.01, 0.5]}
 
 
+def test_the_base_beside_the_adapter_and_generated_answers_are_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    compared = {
+        "metrics": {"accuracy": 0.76},
+        "base_metrics": {"accuracy": 0.31},
+        "better": 11,
+        "worse": 2,
+        "row_figure": "correct",
+    }
+    compared["differences"] = {"accuracy": {"difference": 0.45, "low": 0.4, "high": 0.5}}
+    compared["most_worse"] = [{"row": f"rows.jsonl:5 {EVIL}", "base": 1.0, "adapter": 0.0, "change": -1.0}]
+    (folder / "evaluations" / "validation.comparison.json").write_text(json.dumps(compared), encoding="utf-8")
+    write_jsonl(
+        folder / "evaluations" / "validation.generations.jsonl", [{"prompt": "2+2?", "reference": "4", "prediction": "five"}]
+    )
+    html = write_report([folder], tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in ("11 got better, 2 worse", "0.4 to 0.5", "Rows that changed most", "five"):
+        assert text in html
+    assert EVIL not in html
+
+
 def test_wrong_rows_come_first_with_their_text(facts: RunFacts) -> None:
     first, *_, last = examples(facts.evaluations[0])
     assert (first.kind, last.kind) == ("wrong", "best")
@@ -128,7 +152,7 @@ def test_a_matrix_of_many_classes_becomes_a_list_of_mistakes(facts: RunFacts) ->
     assert (small.counts, small.pairs) == ([[15, 0], [5, 0]], [(EVIL, "pos", 5)])
     names = [f"class {number}" for number in range(20)]
     metrics = {"by_class": {name: {} for name in names}, "confusion": [[int(place == 3) for place in range(20)] for _ in names]}
-    large = confusion(type(facts.evaluations[0])("test", 20, metrics, [], {}))
+    large = confusion(Evaluation("test", 20, metrics, [], [], {}))
     assert large is not None
     assert (large.names, len(large.pairs)) == ([], 19)
 
