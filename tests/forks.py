@@ -1,8 +1,8 @@
 """Python processes that start in milliseconds: forks of one that has imported the libraries.
 
-A process that imports torch, transformers and peft computes for 6 s before it begins. `Forked` is a `subprocess.Popen` of such a
-process without that: its own pid, environment, streams, signals and exit code, modules of peftkit imported anew; the Python
-processes that it starts itself are forks too. It is no cold start: tests about imports, memory or start-up use `subprocess`.
+A process that imports torch, transformers and peft computes for 6 s before it begins. `Forked` is a `subprocess.Popen` without
+that: a process with a pid, environment, streams, signals and an exit code of its own; the Python processes that it starts are
+forks too. It is no cold start: tests about imports, memory and start-up use `subprocess`.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def _serve(channel: socket.socket) -> None:
         __import__(name)
     assert threading.active_count() == 1  # threads do not survive a fork
     subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
+    os.fsync = lambda file: None  # as in the tests' own process, see conftest.py
     while True:
         message, streams, *_ = socket.recv_fds(channel, 2**20, 3)
         if not message:
