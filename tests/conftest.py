@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -73,6 +74,12 @@ def _without_memory_plan(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peftkit.commands.train.plan_memory", lambda *arguments: SimpleNamespace(total=1))
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now, millions of objects, to no further search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

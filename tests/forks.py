@@ -23,10 +23,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 _EXECUTE = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _SIGNATURE = inspect.signature(_EXECUTE)
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-_READ_AT_IMPORT = ("PYTHONPATH", "HF_HOME")  # variables that tests change; libraries read them once
 _LIBRARIES = ("torch.distributed.run", "accelerate.commands.launch", "transformers", "peft", "datasets", "sklearn.metrics")
 _WORK = ("peftkit.commands.train", "peftkit.engine.sharding", "transformers.models.llama.modeling_llama")
 
@@ -37,7 +38,7 @@ class Forked(subprocess.Popen):  # type: ignore[type-arg]
     def _execute_child(self, *arguments: Any) -> None:
         call = _SIGNATURE.bind(self, *arguments).arguments
         start = _start_of(call)
-        channel = _parent_of_forks(*(start["environment"].get(name, "") for name in _READ_AT_IMPORT))
+        channel = _parent_of_forks(start["environment"].get("PYTHONPATH", ""))
         socket.send_fds(channel, [json.dumps(start).encode()], _streams(call))
         _created(self, int(channel.recv(100)), call)
 
@@ -65,14 +66,14 @@ def _created(process: Any, pid: int, call: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _parent_of_forks(*values: str) -> socket.socket:
-    """A socket to the process that forks and has these values of the variables; that process ends with this one."""
+def _parent_of_forks(search_path: str) -> socket.socket:
+    """A socket to the process that forks, with these folders as PYTHONPATH; that process ends with this one."""
     from peftkit.worker import adopt_orphans
 
     adopt_orphans()  # the processes below, whose first parent ends at once
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-m", "tests.forks", str(there.fileno())]
-    environment = os.environ | dict(zip(_READ_AT_IMPORT, values, strict=True))
+    environment = os.environ | {"PYTHONPATH": search_path}
     options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     subprocess.Popen(command, pass_fds=[there.fileno()], env=environment, **options)
     there.close()
@@ -89,7 +90,7 @@ def _serve(channel: socket.socket) -> None:
     while True:
         message, streams, *_ = socket.recv_fds(channel, 2**20, 3)
         if not message:
-            return
+            os._exit(0)  # freeing what was imported would take seconds
         pid = _fork_orphan(json.loads(message), streams)
         for stream in streams:
             os.close(stream)
@@ -141,6 +142,7 @@ def _become(start: dict[str, Any], streams: list[int]) -> None:
         assert start["environment"].get("PYTHONPATH", "") == os.environ["PYTHONPATH"]
         os.environ.clear()
         os.environ.update(start["environment"])
+        huggingface_hub.constants.HF_HOME = os.environ["HF_HOME"]  # read when it was imported; tests change it
         sys.path[0] = start["folder"]
         code = _exit_code(start["arguments"][1:])
     except BaseException:
@@ -164,7 +166,8 @@ def _forget_parent() -> None:
 
 def _exit_code(arguments: list[str]) -> int:
     """Run `-m MODULE`, `-c PROGRAM` or a file with its arguments, as `python` would."""
-    arguments = [part for part in arguments if part != "-u"]
+    if arguments[0] == "-u":
+        arguments = arguments[1:]
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
@@ -177,6 +180,8 @@ def _exit_code(arguments: list[str]) -> int:
             sys.path.insert(0, str(Path(arguments[0]).parent))
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 

@@ -59,7 +59,7 @@ def program(
 
 
 @functools.cache
-def _command() -> Any:
+def _built() -> Any:
     """The commands, whose signatures are read once."""
     return typer.main.get_command(app)
 
@@ -69,7 +69,7 @@ def main() -> None:
     from peftkit.errors import PeftkitError
 
     try:
-        _command()(prog_name="peftkit")
+        _built()(prog_name="peftkit")
     except SystemExit as error:
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PeftkitError as error:

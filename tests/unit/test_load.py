@@ -363,9 +363,7 @@ SOURCES = [
 
 
 @pytest.mark.parametrize("train", SOURCES, ids=str)
-def test_the_json_schema_takes_a_path_a_section_and_a_list_of_them(
-    recipe: dict[str, Any], train: Any, by_schema: Any
-) -> None:
+def test_the_json_schema_takes_a_path_a_section_and_a_list_of_them(recipe: dict[str, Any], train: Any, by_schema: Any) -> None:
     recipe["data"] = {"train": train, "validation": train, "test": train}
     by_schema.validate(recipe)
 
