@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 	@echo "  $(BIN)/peftkit init my_recipe.yaml --task CAUSAL_LM"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import yaml
 
 from tests.conftest import Result, rows_of, write_jsonl
+from tests.forks import Forked
 
 _MODELS = {"CAUSAL_LM": "llama", "SEQ_2_SEQ_LM": "t5"}  # all others: bert
 
@@ -65,11 +66,12 @@ def train(recipe: Path, output: Path, *arguments: str) -> dict[str, Any]:
     return summary
 
 
-def peftkit_process(*arguments: Any, environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """`peftkit ARGUMENTS` as a process of its own, with further environment variables."""
+def peftkit_process(*arguments: Any, environment: dict[str, str] | None = None, cold: bool = False) -> subprocess.Popen[str]:
+    """`peftkit ARGUMENTS` as a process of its own, with further environment variables; a fork, see there, or a cold start."""
     environment = os.environ | {"PEFTKIT_DEVICE": "cpu"} | (environment or {})
     command = [sys.executable, "-m", "peftkit", *map(str, arguments)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+    start = subprocess.Popen if cold else Forked
+    return start(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,12 +61,18 @@ def program(
     """One YAML recipe becomes a trained, certified adapter."""
 
 
+@functools.cache
+def _built() -> Any:
+    """The commands, whose signatures are read once."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; the one place where errors become messages and exit codes."""
     from peftkit.errors import PeftkitError
 
     try:
-        app(prog_name="peftkit")
+        _built()(prog_name="peftkit")
     except SystemExit as error:
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PeftkitError as error:

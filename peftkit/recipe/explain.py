@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Annotated, Any
 
 import annotated_types
@@ -42,9 +42,10 @@ class KeyInfo:
     method: str = ""
 
 
-def all_keys() -> list[KeyInfo]:
+@functools.cache
+def all_keys() -> tuple[KeyInfo, ...]:
     """Every key that a recipe may hold, in the order of the schema."""
-    return list(_keys_of(Recipe, ""))
+    return tuple(_keys_of(Recipe, ""))
 
 
 def _keys_of(section: type[BaseModel], prefix: str, method: str = "") -> Iterator[KeyInfo]:
@@ -128,7 +129,7 @@ def _bounds(metadata: Any) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the recipe, for editors."""
     schema = Recipe.model_json_schema()
-    sections: Any = reduce(operator.or_, (method.section for method in METHODS.values()))
+    sections: Any = functools.reduce(operator.or_, (method.section for method in METHODS.values()))
     union: Any = Annotated[sections, Field(discriminator="method")]
     adapter = TypeAdapter(union).json_schema(ref_template="#/$defs/{model}")
     schema["$defs"] |= adapter.pop("$defs")

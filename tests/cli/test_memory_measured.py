@@ -35,7 +35,7 @@ def test_a_run_holds_what_was_predicted_within_a_fifth(name: str, tmp_path: Path
         "training": {"max_steps": 2, "batch_size": 8, "micro_batch_size": 8},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    process = peftkit_process("train", tmp_path / "recipe.yaml", "--output", tmp_path / "run", "--json")
+    process = peftkit_process("train", tmp_path / "recipe.yaml", "--output", tmp_path / "run", "--json", cold=True)
     out, err = process.communicate()
     assert process.returncode == 0, err
     summary = json.loads(out)

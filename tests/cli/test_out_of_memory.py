@@ -14,6 +14,7 @@ import yaml
 
 from peftkit.engine.examples import step_rows
 from tests.conftest import WORDS, tiny_tokenizer, write_jsonl
+from tests.forks import Forked
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS holds on Linux")
 
@@ -50,26 +51,28 @@ def limited(tmp_path: Path) -> Any:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (tmp_path / "limited.py").write_text(LIMITED, encoding="utf-8")
 
-    def run(mebibytes: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    def run(mebibytes: int, *overrides: str) -> tuple[int, str]:
         settings = [part for text in overrides for part in ("--set", text)]
         command = [sys.executable, tmp_path / "limited.py", str(mebibytes), "train", tmp_path / "recipe.yaml"]
         command += ["--output", tmp_path / "run", *settings]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        process = Forked(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        _, err = process.communicate()
+        return process.returncode, err
 
     return run
 
 
 def test_too_large_a_pass_fails_before_the_first_step_with_what_helps(limited: Any, tmp_path: Path) -> None:
-    ran = limited(600, "training.micro_batch_size=8")
-    assert ran.returncode == 4, ran.stderr
-    assert "out of memory on the CPU in the largest pass, before the first step: " in ran.stderr
-    assert f"its rows: {tmp_path}/rows.jsonl:" in ran.stderr
-    assert "The plan for its fullest moment, in training: " in ran.stderr
-    assert ", enough (same result, " in ran.stderr
+    code, err = limited(600, "training.micro_batch_size=8")
+    assert code == 4, err
+    assert "out of memory on the CPU in the largest pass, before the first step: " in err
+    assert f"its rows: {tmp_path}/rows.jsonl:" in err
+    assert "The plan for its fullest moment, in training: " in err
+    assert ", enough (same result, " in err
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 4
 
 
 def test_auto_trains_with_what_fits(limited: Any, tmp_path: Path) -> None:
-    ran = limited(600)
-    assert ran.returncode == 0, ran.stderr
+    code, err = limited(600)
+    assert code == 0, err
     assert yaml.safe_load((tmp_path / "run/resolved.yaml").read_text())["training"]["micro_batch_size"] < 8

@@ -165,6 +165,7 @@ def check_cell(cell: Cell, recipe: Path, folder: Path) -> None:
     assert trained.code == 0, trained.err
     summary = trained.json
     assert summary["certificate"]["passed"]
+    assert summary["predicted_memory_bytes"] is not None
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["metrics"]["loss"] for line in lines if "metrics" in line]
     assert losses[-1] < losses[0], f"the loss does not fall: {losses}"

@@ -15,7 +15,8 @@ from tests.runs import run_cli, tiny_recipe, train
 def trained(models_dir: Path, folder: Path, task: str, method: str) -> Path:
     """A run of a method."""
     adapter: dict[str, Any] = {"method": method, **SETTINGS.get(method, {})}
-    recipe = tiny_recipe(task, models_dir, folder, adapter=adapter, training={"learning_rate": 0.05})
+    generation = {"generation": {"max_new_tokens": 8}} if task == "CAUSAL_LM" else {}
+    recipe = tiny_recipe(task, models_dir, folder, adapter=adapter, training={"learning_rate": 0.05}, **generation)
     train(recipe, folder / "run")
     return folder / "run"
 

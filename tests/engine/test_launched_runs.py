@@ -67,13 +67,13 @@ def recipe(models_dir: Path, tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def launched(recipe: Path, run: Path, *arguments: Any) -> Iterator[Launched]:
+def launched(recipe: Path, run: Path, *arguments: Any, cold: bool = False) -> Iterator[Launched]:
     """Two processes that train."""
-    process = peftkit_process("train", recipe, "--output", run, "--processes", 2, *arguments)
+    process = peftkit_process("train", recipe, "--output", run, "--processes", 2, *arguments, cold=cold)
     try:
         wait_for_training(process, run)
         agent = psutil.Process(process.pid).children()[0]
-        workers = sorted(agent.children(), key=lambda worker: int(worker.environ()["RANK"]))
+        workers = sorted(agent.children(), key=lambda worker: worker.pid)  # torchrun starts them in the order of their ranks
         yield Launched(process, agent, workers)
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -124,7 +124,7 @@ def test_a_worker_that_hangs_or_has_no_memory_ends_the_job(
     (tmp_path / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("TEST_ACT", act)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", os.getcwd())]))
-    with launched(recipe, tmp_path / "run", "--hang-timeout", 30) as job:
+    with launched(recipe, tmp_path / "run", "--hang-timeout", 30, cold=True) as job:
         job.workers[1].send_signal(signal.SIGURG)
         found, err = job.ended()
     assert (found, words in err) == (code, True), err

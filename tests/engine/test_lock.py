@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from peftkit.errors import RecipeError
 from peftkit.lock import lock
 from peftkit.run import Run, write_json
+from tests.forks import Forked
 from tests.runs import run_cli, tiny_recipe, train
 
 
@@ -55,7 +55,7 @@ from peftkit.run import Run
 with lock(Run(Path({str(run.dir)!r})), print, force=False):
     os.kill(os.getpid(), 9)
 """
-    subprocess.run([sys.executable, "-c", program], check=False)
+    Forked([sys.executable, "-c", program]).wait()
     pid = json.loads(run.lock_path.read_text())["pid"]
     assert taken(run) == [f"note: {run.lock_path} was left by process {pid} on {socket.gethostname()}, which has ended"]
 

@@ -64,10 +64,14 @@ def test_a_step_costs_little_beyond_its_passes(trainer: Trainer) -> None:
     trainer.model.train()
     for steps in (bare_steps, own_steps):
         steps(trainer)
-    pairs = [(milliseconds(own_steps, trainer), milliseconds(bare_steps, trainer)) for _ in range(12)]
-    # 1 to 1.5 ms of 5 on a quiet machine. A slow one takes longer for both, a busy one now for this, now for that.
-    costs = sorted(own - bare for own, bare in pairs)
-    assert costs[len(costs) // 4] < max(2.0, 0.5 * min(bare for _, bare in pairs)), pairs
+    pairs: list[tuple[float, float]] = []
+    # 1 to 1.5 ms of 5 on a quiet machine. A slow one takes longer for both, a busy one now for this, now for that: more tries.
+    for _ in range(6):
+        pairs += [(milliseconds(own_steps, trainer), milliseconds(bare_steps, trainer)) for _ in range(8)]
+        cost = sorted(own - bare for own, bare in pairs)[len(pairs) // 4]
+        if cost < (most := max(2.0, 0.5 * min(bare for _, bare in pairs))):
+            break
+    assert cost < most, pairs
 
 
 def test_the_status_is_not_written_with_every_line(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from peftkit.engine import checkpoint
-from tests.runs import run_cli, tiny_recipe, train
+from tests.runs import peftkit_process, run_cli, tiny_recipe, train
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
 spec = importlib.util.spec_from_file_location("reliability", PATH)
@@ -28,7 +28,10 @@ def test_a_run_that_is_killed_five_times_ends_as_if_it_had_not_been(tmp_path: Pa
     recipe = reliability.write_recipe(tmp_path, 200)
     train(recipe, tmp_path / "whole")
     monkeypatch.setattr(random.Random, "uniform", lambda draw, low, high: low + draw.random() * (high - low) / 3)
-    found = reliability.kill_many(recipe, tmp_path / "killed", tmp_path / "whole", 5, startup=12.0)
+    monkeypatch.setattr(
+        reliability, "start", lambda recipe, run, *more: peftkit_process("train", recipe, "--output", run, *more)
+    )
+    found = reliability.kill_many(recipe, tmp_path / "killed", tmp_path / "whole", 5, startup=2.0)
     wanted = {"damaged_checkpoints_listed": 0, "exit_code_at_the_end": 0, "lines_equal": True, "adapter_equal": True}
     assert {name: found[name] for name in wanted} == wanted
 

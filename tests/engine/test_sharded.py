@@ -27,8 +27,9 @@ def launched(recipe: Path, run: Path, config: str, *arguments: Any) -> tuple[int
     """Train as a shipped launch file says, on the CPU; exit code, stdout, stderr."""
     if config.startswith("deepspeed") and not DEEPSPEED.is_dir():
         pytest.skip("DeepSpeed is not installed")
-    paths = os.pathsep.join([str(CONFIGS.parent), str(DEEPSPEED)] if config.startswith("deepspeed") else [str(CONFIGS.parent)])
-    settings = {"PEFTKIT_FSDP_ON_CPU": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    settings = {"PEFTKIT_FSDP_ON_CPU": "1"}
+    if config.startswith("deepspeed"):
+        settings |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), str(DEEPSPEED)])}
     launch = ("--launch", CONFIGS / f"{config}.yaml")
     process = peftkit_process("train", recipe, "--output", run, *launch, "--json", *arguments, environment=settings)
     out, err = process.communicate(timeout=280)

@@ -55,7 +55,7 @@ def test_a_signal_before_the_first_step_ends_a_run_at_once(models_dir: Path, tmp
 
 def test_a_signal_while_libraries_are_imported_is_told_in_words(models_dir: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path)
-    process = peftkit_process("train", recipe, "--output", tmp_path / "run")
+    process = peftkit_process("train", recipe, "--output", tmp_path / "run", cold=True)
     maps = Path(f"/proc/{process.pid}/maps")
     wait_for(lambda: "libtorch_python" in maps.read_text(), process)
     process.send_signal(signal.SIGTERM)

@@ -73,7 +73,7 @@ def test_the_last_step_of_an_epoch_holds_the_rows_that_are_left(one_pass: Any) -
 @pytest.mark.parametrize(("task", "micro"), [("CAUSAL_LM", 2), ("SEQ_CLS", 3), ("FEATURE_EXTRACTION", 8)])
 def test_two_processes_train_like_one(models_dir: Path, tmp_path: Path, one_pass: Any, task: str, micro: int) -> None:
     recipe = tiny_recipe(task, models_dir, tmp_path, training={"micro_batch_size": micro})
-    process = peftkit_process("train", recipe, "--output", tmp_path / "run", "--processes", 2, "--json")
+    process = peftkit_process("train", recipe, "--output", tmp_path / "run", "--processes", 2, "--json", cold=task == "SEQ_CLS")
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert out.count("\n") == 1
