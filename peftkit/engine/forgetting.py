@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from peftkit.engine.adapted import backbone_of
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.data import encode_rows
-from peftkit.engine.evaluate import score_examples
+from peftkit.engine.evaluate import scores_of
+from peftkit.engine.fast import proven_head
 from peftkit.engine.loaded import LoadedAdapter, without_adapter
 from peftkit.engine.sources import read_rows, sound_rows
 from peftkit.engine.step import Step
@@ -30,7 +31,7 @@ from peftkit.errors import DataError
 from peftkit.plan import Plan
 from peftkit.recipe.paths import find_path
 from peftkit.recipe.schema import SourceSection
-from peftkit.tasks.example import Example
+from peftkit.tasks.example import Example, Runtime
 from peftkit.tasks.runtime_torch import pad_inputs
 
 MASKED_SHARE = (
@@ -102,13 +103,26 @@ def _of_language_model(loaded: LoadedAdapter, texts: Texts, batch_size: int) -> 
     rows = [(origin, (_halves(text) if halves else {"text": text}) | tasks) for origin, text in texts]
     examples = encode_rows(runtime, rows, "the text for forgetting")
 
-    def measure(model: LoadedAdapter) -> list[dict[str, Any]]:
-        chosen = examples if model is loaded else [dataclasses.replace(part, task_id=None) for part in examples]
-        return score_examples(Step(model.model, runtime), chosen, batch_size=batch_size, device=model.device)
+    def measure(model: LoadedAdapter) -> float:
+        chosen = examples if model.model is loaded.model else [dataclasses.replace(part, task_id=None) for part in examples]
+        return _loss_of(model, runtime, chosen, batch_size)
 
-    after, before = (runtime.summarise(results)["loss"] for results in _with_and_without(loaded, measure))
+    after, before = _with_and_without(loaded, measure)
     num_tokens = sum(example.num_target_tokens for example in examples)
     return _summary("lm_loss", (before, num_tokens), (after, num_tokens))
+
+
+def _loss_of(loaded: LoadedAdapter, runtime: Runtime, examples: Sequence[Example], batch_size: int) -> float:
+    """Loss per target, computed by this process alone: in a launched run the others have ended their part."""
+    head = proven_head(loaded.model, runtime, list(examples), loaded.facts.mixed_precision, loaded.facts.dtype)
+    step, results = Step(loaded.model, runtime, head).eval(), []
+    order = sorted(examples, key=lambda example: example.length)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = {name: tensor.to(loaded.device) for name, tensor in runtime.collate(chosen).items()}
+        results += scores_of(step, step(batch, outputs_only=True), batch, chosen)
+    loss: float = runtime.summarise(results)["loss"]
+    return loss
 
 
 def _halves(text: str) -> dict[str, str]:

@@ -17,16 +17,16 @@ def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
     if kind == "ddp":
         return
     if kind in ("fsdp", "zero3", "tp"):
-        for name in written(recipe.evaluation, "generation_metrics", "samples"):
+        for key in written(recipe.evaluation, "generation_metrics", "samples"):
             what = "answers are not generated while processes share the model out"
-            yield f"evaluation.{name}", f"{what}; `peftkit evaluate` generates them after training"
+            yield f"evaluation.{key}", f"{what}; `peftkit evaluate` generates them after training"
     if kind == "tp":
         yield from _why_not_divided(recipe)
         return
-    zero, by = kind.startswith("zero"), "DeepSpeed" if kind.startswith("zero") else "FSDP"
+    zero, name = kind.startswith("zero"), "DeepSpeed" if kind.startswith("zero") else "FSDP"
     method, training, quantization = METHODS[recipe.adapter.method], recipe.training, recipe.model.quantization
     if training.optim not in ELEMENTWISE and (zero or method.stands_alone):
-        what = f"`{training.optim}` looks at whole tensors, of which each process has a part under {by}"
+        what = f"`{training.optim}` looks at whole tensors, of which each process has a part under {name}"
         yield "training.optim", f"{what}; it takes {', '.join(ELEMENTWISE)} there"
     if zero and "fp16" in (training.mixed_precision, {"float16": "fp16"}.get(recipe.model.dtype)):
         yield "training.mixed_precision", "fp16 has a loss scale, which DeepSpeed keeps to itself; use bf16, or FSDP2"
@@ -36,7 +36,7 @@ def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
     if quantization is not None and kind in ("fsdp", "zero3"):
         shares = kind == "fsdp" and quantization.bits == 4 and quantization.method == "bitsandbytes"
         if not shares:
-            what = f"{by} cannot share these layers out"
+            what = f"{name} cannot share these layers out"
             yield "model.quantization", f"{what}; under FSDP2 4 bits of bitsandbytes can be, under DDP all kinds are whole"
 
 

@@ -96,7 +96,7 @@ def plain_loss(run: Path, text: str) -> float:
     base = json.loads((run / "adapter/peftkit.json").read_text())["base"]
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
-    return float(AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=ids, labels=ids).loss)
+    return float(AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=ids, labels=ids).loss.detach())
 
 
 @pytest.mark.parametrize("with_head", [True, False])
@@ -126,6 +126,17 @@ def test_what_an_adapter_of_no_effect_forgets_is_nothing(models_dir: Path, tmp_p
         folder.mkdir()
         found = train(tiny_recipe(task, models_dir, folder, **sections), folder / "run")["forgetting"]
         assert found["rise"] == pytest.approx(0.0, abs=1e-6), task
+
+
+def test_forgetting_is_measured_by_one_process_of_several(lm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftkit.engine.forgetting import measure_forgetting
+    from peftkit.engine.loaded import load_adapter
+
+    texts, loaded = [("text:1", "the cat sat"), ("text:2", "two red birds in an old tree")], load_adapter(lm_run)
+    alone = measure_forgetting(loaded, texts, 8)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert measure_forgetting(loaded, texts, 8) == alone
 
 
 @pytest.mark.parametrize(
