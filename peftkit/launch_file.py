@@ -49,9 +49,10 @@ class Sharding:
     offloads_weights: bool = False
 
     @property
-    def num_data_processes(self) -> int:
-        """Among how many processes the rows of a step are shared out."""
-        return 1 if self.kind == "tp" else self.num_processes
+    def counts(self) -> dict[str, Any]:
+        """Among how many processes rows are shared out, and each layer is divided, in the words of `peftkit.plan.Hardware`."""
+        rows, layers = (1, self.num_processes) if self.kind == "tp" else (self.num_processes, 1)
+        return {"num_processes": rows, "divided_by": layers}
 
 
 def read_sharding(processes: int | None, config: Path | None) -> Sharding:

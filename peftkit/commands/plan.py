@@ -31,8 +31,7 @@ def plan(loaded: LoadedRecipe, *, sharding: Sharding | None = None, fit_gib: flo
         fit_gib: the memory that settings are to be proposed for.
     """
     sharding = sharding or Sharding(detect_hardware().num_processes)
-    rows_among = sharding.num_data_processes
-    hardware = dataclasses.replace(detect_hardware(), num_processes=rows_among, divided_by=sharding.num_processes // rows_among)
+    hardware = dataclasses.replace(detect_hardware(), **sharding.counts)
     hardware = hardware if fit_gib is None else gpu_of(fit_gib, hardware)
     with console.progress(None, "reading rows") as advance:
         found = survey(loaded, on_row=lambda: advance(1), hardware=hardware)

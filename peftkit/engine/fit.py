@@ -97,7 +97,7 @@ def gpu_of(gib: float, found: Hardware) -> Hardware:
     size = round(gib * 2**30)
     if found.device == "cuda":
         return dataclasses.replace(found, memory_bytes=size)
-    return Hardware("cuda", f"a GPU of {gib:g} GiB", True, size, found.num_processes)
+    return dataclasses.replace(found, device="cuda", device_name=f"a GPU of {gib:g} GiB", supports_bf16=True, memory_bytes=size)
 
 
 def propose(loaded: LoadedRecipe, found: Survey, planned: MemoryPlan, sharding: Sharding) -> list[Proposal]:

@@ -268,18 +268,15 @@ def load_base_model(
     common = {"attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code, "dtype": dtype}
     if base.init == "random":
         return _random_model(base, config, common, processes), set()
-    common |= divided.loading_options(processes)
     if base.quantization is not None and base.quantization.is_stored:
         common |= _renaming_foretold(base, config)  # weights that are not found cannot be made at random in quantised layers
-    common |= loading_options(base.quantization, config, base.device)
+    common |= loading_options(base.quantization, config, base.device) | divided.loading_options(processes)
     model, info = _from_pretrained(base, config, common)
     if renamed := _other_prefix(model, info):
         model, info = _from_pretrained(base, config, common | {"key_mapping": renamed})
     if info["mismatched_keys"]:
         raise LoadError(f"weights of `{base.path}` have other shapes than its config: {sorted(info['mismatched_keys'])[:3]}")
-    missing = set(info["missing_keys"])
-    if base.task.only_hidden_states:
-        missing = {name for name in missing if "pooler." not in name}
+    missing = {name for name in info["missing_keys"] if not (base.task.only_hidden_states and "pooler." in name)}
     if missing and (not base.task.has_head or _lacks_layers(missing)):
         raise LoadError(f"`{base.path}` lacks weights and would run on random ones: {sorted(missing)[:5]}")
     return _finished(base, model), missing
