@@ -11,6 +11,7 @@ from peftkit.errors import Stopped
 
 # SIGUSR1: Slurm's `--signal=USR1@300` sends it before the time of a job is up. Windows has none.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+STOPS = (75, 130)  # exit codes of a run that was asked to stop: run again with `--resume`; by Ctrl-C
 TIME_UP = 1000  # in place of the number of a signal, and greater: `training.max_seconds` have passed
 
 

@@ -16,13 +16,13 @@ import psutil  # type: ignore[import-untyped]
 from peftkit.cgroups import control_groups
 from peftkit.errors import PeftkitError
 from peftkit.run import Run
+from peftkit.stop import STOPS
 
 POLL_SECONDS = 0.2
 OUTCOME_FILE = "outcome.json"
 STOPPED_SECONDS = 20.0  # a debugger or a suspended machine stops processes for moments
 STOPPING_SECONDS = 300.0  # without progress, after a signal asked for the end: time to write what is large
 GRACE_SECONDS = 30.0  # for workers whose launcher is gone: they have SIGTERM and write a checkpoint
-STOPS = (75, 130)  # exit codes of a run that was asked to stop
 _STUCK = {psutil.STATUS_STOPPED: "stopped (state T)", psutil.STATUS_ZOMBIE: "a zombie (state Z)"}
 
 

@@ -43,7 +43,7 @@ from peftkit.plan import Plan, num_steps
 from peftkit.recipe import LoadedRecipe
 from peftkit.report import write_report
 from peftkit.run import Run, remove_leftovers, run_to_continue, write_text
-from peftkit.stop import stops_at_once
+from peftkit.stop import STOPS, stops_at_once
 from peftkit.tasks.example import Example, Runtime
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _record_failure(run: Run, error: BaseException) -> None:
     code = error.exit_code if isinstance(error, PeftkitError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     with contextlib.suppress(OSError):
         step = run.read_status().get("step", 0)
-        run.write_status("stopped" if code in (75, 130) else "failed", step=step, error=str(error), exit_code=code)
+        run.write_status("stopped" if code in STOPS else "failed", step=step, error=str(error), exit_code=code)
         run.log(f"{type(error).__name__}: {error}")
 
 
@@ -226,10 +226,9 @@ def build_trainer(run: Run, found: Survey, reporter: Reporter) -> tuple[Trainer,
     if isinstance(data.train, Stream) and accelerator.is_main_process:
         data.train.on_dropped = run.append_data_report
         reporter.note(f"note: rows that are left out while training are in {run.data_report_path.name}")
-    if accelerator.is_main_process or divided > 1:
-        state = trainable_state(model)  # gathered from all who divide it
-        if accelerator.is_main_process:
-            run.record_once("initial_weights", lambda: weights_digest(state))
+    gathered = trainable_state(model) if divided > 1 else None  # by all who divide it together
+    if accelerator.is_main_process:
+        run.record_once("initial_weights", lambda: weights_digest(gathered or trainable_state(model)))
     return Trainer(plan, model, runtime, data, run, accelerator, reporter, found.questions), untrained
 
 

@@ -65,7 +65,7 @@ def prepare(accelerator: Accelerator, plan: Plan, step: Step, optimizer: torch.o
             parameter.data = parameter.data.to(accelerator.device)
         step.kept_whole = kept
         accelerator.state.fsdp_plugin.ignored_modules = [nn.ParameterList(kept)] if kept else None
-    divided = tensor_parallel.divides_layers(step)
+    divided = tensor_parallel.divides_layers(step.model)
     # Where layers are divided nothing is wrapped; accelerate (1.15) would look for the model inside of the step in vain.
     wrapped, prepared = (step, accelerator.prepare_optimizer(optimizer)) if divided else accelerator.prepare(step, optimizer)
     if torch.distributed.is_initialized():
@@ -121,7 +121,7 @@ def clipped_norm(accelerator: Accelerator, wrapped: Any, trained: list[nn.Parame
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         wrapped.step()
         return float(wrapped.get_global_grad_norm())
-    if tensor_parallel.divides_layers(wrapped):
+    if tensor_parallel.divides_layers(getattr(wrapped, "model", wrapped)):
         return tensor_parallel.clipped_norm(trained, limit)
     return float(gathered(accelerator.clip_grad_norm_(trained, limit if limit is not None else math.inf)))
 

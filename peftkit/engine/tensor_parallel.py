@@ -8,7 +8,6 @@ and every row, is in all processes; so are gradients of what is not divided.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -28,12 +28,8 @@ def loading_options(processes: int) -> dict[str, Any]:
 
 
 def divides_layers(model: nn.Module) -> bool:
-    """Whether processes divide the layers of a model, adapted or not."""
-    return any(_is_divided(parameter) for parameter in model.parameters())
-
-
-def _is_divided(parameter: torch.Tensor) -> bool:
-    return isinstance(parameter, DTensor) and "fsdp" not in (parameter.device_mesh.mesh_dim_names or ("tp",))
+    """Whether processes divide the layers of a model, adapted or not: transformers writes that into its config."""
+    return getattr(getattr(getattr(model, "config", None), "distributed_config", None), "tp_size", None) not in (None, 1)
 
 
 def indivisible(model: PreTrainedModel, processes: int, targets: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -66,7 +62,8 @@ def weights_look_whole(model: nn.Module) -> Iterator[None]:
     It draws an adapter for the whole layer then, the same as one process does, and divides it after; by the weights' own parts
     (0.21) it would draw rows that are the same in all processes, and leave layers that say a wrong size.
     """
-    parts = [(module, module.weight) for module in model.modules() if type(module) is nn.Linear and _is_divided(module.weight)]
+    linear = [module for module in model.modules() if type(module) is nn.Linear]
+    parts = [(module, module.weight) for module in linear if isinstance(module.weight, DTensor)]
     for module, weight in parts:
         stand_in = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
         module._parameters["weight"] = nn.Parameter(stand_in, requires_grad=False)
@@ -81,9 +78,7 @@ def weights_look_whole(model: nn.Module) -> Iterator[None]:
 def clipped_norm(trained: Sequence[nn.Parameter], limit: float | None) -> float:
     """The norm of all gradients, divided ones counted whole, before they are clipped to a limit."""
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    whole = [gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norm = float(torch.stack([part.float().norm() for part in whole]).norm()) if whole else 0.0
-    if limit is not None and math.isfinite(norm) and norm > limit:
-        for gradient in gradients:
-            gradient.mul_(limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
-    return norm
+    norm = get_total_norm([part.full_tensor() if isinstance(part, DTensor) else part for part in gradients])
+    if limit is not None:
+        clip_grads_with_norm_(trained, limit, norm, foreach=False)
+    return float(norm)

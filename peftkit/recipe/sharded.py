@@ -28,7 +28,7 @@ def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
     if training.optim not in ELEMENTWISE and (zero or method.stands_alone):
         what = f"`{training.optim}` looks at whole tensors, of which each process has a part under {name}"
         yield "training.optim", f"{what}; it takes {', '.join(ELEMENTWISE)} there"
-    if zero and "fp16" in (training.mixed_precision, {"float16": "fp16"}.get(recipe.model.dtype)):
+    if zero and _is_fp16(recipe):
         yield "training.mixed_precision", "fp16 has a loss scale, which DeepSpeed keeps to itself; use bf16, or FSDP2"
     if zero and method.reads_gradients(recipe.adapter):
         what = f"`{method.name}` looks at gradients after each step, and DeepSpeed has let go of them then"
@@ -38,6 +38,10 @@ def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
         if not shares:
             what = f"{name} cannot share these layers out"
             yield "model.quantization", f"{what}; under FSDP2 4 bits of bitsandbytes can be, under DDP all kinds are whole"
+
+
+def _is_fp16(recipe: Recipe) -> bool:
+    return recipe.training.mixed_precision == "fp16" or recipe.model.dtype == "float16"
 
 
 def _why_not_divided(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -55,7 +59,7 @@ def _why_not_divided(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "model.quantization", "quantised layers cannot be divided; leave one of the two out"
     if training.optim not in ELEMENTWISE:
         yield "training.optim", f"`{training.optim}` takes no layers that are divided; use one of {', '.join(ELEMENTWISE)}"
-    if "fp16" in (training.mixed_precision, {"float16": "fp16"}.get(recipe.model.dtype)):
+    if _is_fp16(recipe):
         yield "training.mixed_precision", "fp16 has a loss scale, which divided gradients do not go through; use bf16"
     if training.torch_compile:
         yield "training.torch_compile", "true: divided layers are not compiled; use false"
