@@ -35,6 +35,7 @@ from peftkit.tasks.generations import GENERATION_METRICS, AnswerSettings
 from peftkit.tasks.generations_torch import AnswerScorer
 
 SPLITS = ("test", "validation")
+_SAID = ("label", "base_prediction", "prediction")
 Row = tuple[str, CanonicalRow]
 
 
@@ -154,7 +155,7 @@ def _answer_settings(asked: Request) -> tuple[AnswerSettings, int | None]:
         raise RecipeError(f"--generation-metrics: there is no `{unknown[0]}`; there are {', '.join(GENERATION_METRICS)}")
     pattern = asked.answer_pattern or (stated.answer_pattern if "answer" in metrics else None)
     tokenize = stated.bleu_tokenize if "bleu" in metrics else "13a"
-    return AnswerSettings(metrics, pattern, tokenize), asked.max_rows or rows
+    return AnswerSettings(metrics, pattern, tokenize), rows
 
 
 def _recipe_of(path: Path) -> Recipe:
@@ -302,6 +303,10 @@ def _print_comparison(result: dict[str, Any], single: dict[str, Any]) -> None:
     console.print_table(f"{result['num_rows']} rows", columns, rows)
     console.print_text(f"by {result['row_figure']}, {result['better']} rows got better and {result['worse']} got worse")
     for name in ("most_worse", "most_better"):
-        lines = [(line["row"], line["base"], line["adapter"]) for line in result[name]]
+        # What both say is shown where it is short: a class or an answer.
+        said = [part for part in _SAID if all(isinstance(line.get(part), str) for line in result[name])]
+        numbers = ("base", "adapter")
+        lines = [(Path(line["row"]).name, *(line[part] for part in (*numbers, *said))) for line in result[name]]
         if lines:
-            console.print_table(name.replace("most_", "got "), ["row", "base", "adapter"], lines)
+            columns = ["row", *numbers, *(part.replace("_", " ") for part in said)]
+            console.print_table(name.replace("most_", "got "), columns, lines)

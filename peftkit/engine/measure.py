@@ -85,11 +85,11 @@ def compare_with_base(loaded: LoadedAdapter, rows: Rows, adapter: Measured) -> t
     found |= _differences(adapter.answers, base.answers, rows.scorer, loaded.facts.seed) if base.answers else {}
     figures = (runtime.row_figures(results) for results in (adapter.results, base.results))
     origins = [result["row"] for result in adapter.results]
-    changed = changes(origins, *figures, more_is_better=more_is_better)
-    result = {"base_metrics": base.metrics, "differences": found, "row_figure": name, **summary_of(changed)}
+    lines = _lines(changes(origins, *figures, more_is_better=more_is_better), adapter, base)
+    result = {"base_metrics": base.metrics, "differences": found, "row_figure": name, **summary_of(lines)}
     if untrained:
         result["untrained_base_head"] = untrained
-    return result, _lines(changed, adapter, base)
+    return result, lines
 
 
 def _differences(adapter: list[Any], base: list[Any], source: Any, seed: int) -> dict[str, Any]:
@@ -116,7 +116,9 @@ def _lines(changed: list[dict[str, Any]], adapter: Measured, base: Measured) -> 
     lines = []
     for line, mine, theirs in zip(changed, adapter.results, base.results, strict=True):
         said = {name: mine[name] for name in _SAID if name in mine}
-        lines.append(line | said | {f"base_{name}": theirs[name] for name in ("prediction", "similarity") if name in theirs})
+        said |= {f"base_{name}": theirs[name] for name in ("prediction", "similarity") if name in theirs}
+        said |= {"loss_change": theirs["loss_sum"] - mine["loss_sum"]} if "loss_sum" in mine else {}
+        lines.append(line | said)
     generated = {answer["row"]: (answer, other) for answer, other in zip(adapter.answers, base.answers, strict=True)}
     for line in lines:
         if line["row"] in generated:

@@ -64,15 +64,12 @@ def changes(
 
 
 def summary_of(changed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many rows got better and worse, and those that did so most."""
-    ordered = sorted(changed, key=lambda line: line["change"])
-    worse, better = (
-        [line for line in ordered if line["change"] < 0],
-        [line for line in reversed(ordered) if line["change"] > 0],
-    )
+    """How many rows got better and worse, and those that did so most; among equals by their loss, where they have one."""
+    ordered = sorted(changed, key=lambda line: (line["change"], line.get("loss_change", 0.0)))
+    worse, better = [line for line in ordered if line["change"] < 0], [line for line in ordered if line["change"] > 0]
     return {
         "better": len(better),
         "worse": len(worse),
-        "most_better": better[:NUM_SHOWN],
+        "most_better": better[: -NUM_SHOWN - 1 : -1],
         "most_worse": worse[:NUM_SHOWN],
     }
