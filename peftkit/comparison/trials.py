@@ -19,8 +19,7 @@ from filelock import FileLock, Timeout
 from peftkit.errors import RecipeError
 from peftkit.launch import start_trial
 from peftkit.run import Run
-from peftkit.stop import handled
-from peftkit.stop import STOPS
+from peftkit.stop import STOPS, handled
 
 POLL_SECONDS = 0.1
 TIMED_STEPS, UNTIMED_STEPS = 25, 5  # of a run that is only timed, and those at its start that do not count
