@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Forked(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, *arguments: Any) -> None:
         call = _SIGNATURE.bind(self, *arguments).arguments
+        assert call["preexec_fn"] is None  # it cannot be sent
         start = _start_of(call)
         channel = _parent_of_forks(start["environment"].get("PYTHONPATH", ""))
         socket.send_fds(channel, [json.dumps(start).encode()], _streams(call))
@@ -124,11 +126,11 @@ def _execute_child(process: Any, *arguments: Any) -> None:
     if not pid:
         for name in [name for name in sys.modules if name.partition(".")[0] == "peftkit"]:
             del sys.modules[name]  # which may have a state here
-        _become(_start_of(call), _streams(call))
+        _become(_start_of(call), _streams(call), call["preexec_fn"])
     _created(process, pid, call)
 
 
-def _become(start: dict[str, Any], streams: list[int]) -> None:
+def _become(start: dict[str, Any], streams: list[int], before: Callable[[], None] | None = None) -> None:
     """Turn this fork into the process that was asked for; it does not return."""
     code = 1
     try:
@@ -136,6 +138,8 @@ def _become(start: dict[str, Any], streams: list[int]) -> None:
             os.setsid()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
+        if before is not None:
+            before()
         os.closerange(3, 4096)
         _forget_parent()
         os.chdir(start["folder"])

@@ -169,10 +169,12 @@ def test_a_comparison_that_is_killed_takes_its_trials_along_and_goes_on(recipe: 
     with peftkit_process("compare", recipe, *arguments) as process:
         lines = folder / "trials/head/seed-0/metrics.jsonl"
         wait_for(lambda: lines.is_file() or process.poll() is not None)
+        (trial,) = psutil.Process(process.pid).children()
+        trial.suspend()  # so that it is not done before the end
         refused = run_cli("compare", folder, "--resume")
         assert (refused.code, f"is in use by process {process.pid}" in refused.err) == (2, True)
-        (trial,) = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGKILL)
+        trial.resume()
     wait_for(lambda: not trial.is_running() or trial.status() == psutil.STATUS_ZOMBIE)
     step = Run(folder / "trials/head/seed-0").read_status()["step"]
     assert compared(folder)["variants"][0]["trials"][0]["state"] == "running"

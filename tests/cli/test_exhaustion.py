@@ -63,7 +63,7 @@ def test_no_memory_while_the_model_is_loaded(
     ("name", "where"),
     [
         ("infer", "peftkit.engine.generate.generate"),
-        ("evaluate", "peftkit.commands.evaluate.score_examples"),
+        ("evaluate", "peftkit.engine.measure.score_examples"),
         ("merge", "peft.PeftModel.load_adapter"),
         ("merge", "peft.tuners.loha.LoHaModel.merge_and_unload"),
         ("convert", "peftkit.engine.convert.convert_to_lora"),

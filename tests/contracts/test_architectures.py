@@ -298,7 +298,7 @@ def test_the_token_that_is_pooled_is_one_of_the_text(tiny: Any, tmp_path: Path, 
     with model.disable_adapter():
         states = base.base_model(inputs_embeds=whole, attention_mask=torch.ones(whole.shape[:2])).last_hidden_state
         pooled = states[:, 4:][:, place][:, None]
-        pooler = getattr(base.base_model, "pooler", None) or getattr(base, "pooler", None)
-        head = getattr(base, "classifier", None) or base.score
-        logits = head(pooler(pooled) if pooler is not None else pooled[:, 0])
+    pooler = getattr(base.base_model, "pooler", None) or getattr(base, "pooler", None)
+    head = getattr(base, "classifier", None) or base.score  # the trained one
+    logits = head(pooler(pooled) if pooler is not None else pooled[:, 0])
     torch.testing.assert_close(run.loaded.runtime.forward(model, batch), logits, rtol=1e-4, atol=1e-5)

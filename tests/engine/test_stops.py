@@ -67,15 +67,15 @@ def test_a_signal_while_libraries_are_imported_is_told_in_words(models_dir: Path
 def test_a_signal_while_evaluating_is_heard_when_that_has_ended(
     models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peftkit.engine import trainer
+    from peftkit.engine import held_out
 
-    score = trainer.score_examples
+    score = held_out.score_examples
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return score(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "score_examples", interrupted)
+    monkeypatch.setattr(held_out, "score_examples", interrupted)
     recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, data={"validation": 0.2}, training={"eval_steps": 4})
     result = run_cli("train", recipe, "--output", tmp_path / "run")
     assert result.code == 75
