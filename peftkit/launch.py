@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from peftkit.launch_file import (
 )
 from peftkit.machines import Machines, find_machines, interface_to
 from peftkit.recipe import LoadedRecipe
-from peftkit.recipe.sharded import why_not_sharded
+from peftkit.recipe.sharded import why_not_sharded, why_not_split
 from peftkit.run import Run, newest_unfinished, write_json
 from peftkit.stop import handled
 from peftkit.supervise import OUTCOME_FILE, Job, descendants
@@ -42,6 +44,7 @@ WORKER_MARK = "PEFTKIT_WORKER"
 OPTIONS = "PEFTKIT_LAUNCH_OPTIONS"  # with which the job was started
 JOB_DIR = "PEFTKIT_JOB_DIR"  # the folder that launcher and workers share on a machine
 DIVIDED_BY = "PEFTKIT_DIVIDED_BY"  # processes that divide each layer
+CP_SIZE = "PEFTKIT_CP_SIZE"  # processes that share out the tokens of each row
 FSDP_ON_CPU = "PEFTKIT_FSDP_ON_CPU"  # "1": FSDP2 on CPUs, for tests
 
 
@@ -51,7 +54,8 @@ def refuse_unshardable(loaded: LoadedRecipe, sharding: Sharding) -> None:
     Raises:
         RecipeError: with every key that stands in the way.
     """
-    if problems := [loaded.problem(key, what) for key, what in why_not_sharded(loaded.recipe, sharding.kind)]:
+    found = chain(why_not_sharded(loaded.recipe, sharding.kind), why_not_split(loaded.recipe) if sharding.cp_size > 1 else ())
+    if problems := [loaded.problem(key, what) for key, what in found]:
         raise RecipeError(problems)
 
 
@@ -65,8 +69,17 @@ def divided_by() -> int:
     return int(os.environ.get(DIVIDED_BY, "1")) if is_worker() else 1
 
 
+def cp_size() -> int:
+    """Among how many processes the tokens of each row are shared out."""
+    return int(os.environ.get(CP_SIZE, "1")) if is_worker() else 1
+
+
 def worker_sharding(processes: int) -> Sharding:
-    """How this process, which accelerate's launcher started, shares with the others."""
+    """How this process, which accelerate's launcher started, shares with the others, that have so many times other rows."""
+    return dataclasses.replace(_stored_sharding(processes * cp_size()), cp_size=cp_size())
+
+
+def _stored_sharding(processes: int) -> Sharding:
     facts = os.environ
     if divided_by() > 1:
         return Sharding(divided_by(), "tp")
@@ -251,11 +264,14 @@ def launch(facts: dict[str, Any], run: Run, asked: Launch, arguments: Sequence[s
     run.logs_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="peftkit-launch-") as folder:
         file = Path(folder) / "launch.yaml"
-        # accelerate (1.15) knows parallelism of GPUs alone; on CPUs, for tests, transformers and PEFT do without.
-        written = {key: value for key, value in facts.items() if key != "parallelism_config" or not facts["use_cpu"]}
+        parallel = check_parallelism(facts, facts["num_processes"])
+        # accelerate (1.15) knows parallelism of GPUs alone; on CPUs, for tests, transformers and PEFT do without. Tokens are
+        # shared out by `engine.context_parallel`, of which it needs to know nothing.
+        is_told = parallel["tp_size"] > 1 and not facts["use_cpu"]
+        written = {key: value for key, value in facts.items() if key != "parallelism_config" or is_told}
         file.write_text(yaml.safe_dump(written), encoding="utf-8")
-        divided = str(check_parallelism(facts, facts["num_processes"]))
-        marks = {WORKER_MARK: "1", JOB_DIR: folder, OPTIONS: shlex.join(asked.options), DIVIDED_BY: divided}
+        marks = {WORKER_MARK: "1", JOB_DIR: folder, OPTIONS: shlex.join(asked.options)}
+        marks |= {DIVIDED_BY: str(parallel["tp_size"]), CP_SIZE: str(parallel["cp_size"])}
         environment = os.environ | marks | _interface(facts)
         command = launch_command(file, Path(folder) / OUTCOME_FILE, arguments)
         # A session of its own: Ctrl-C at the terminal reaches the workers once, through here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ _NOT_OF_FSDP = {
 }
 
 
+_KINDS = {"tp_size": ("MULTI_GPU",), "cp_size": ("MULTI_GPU", "MULTI_CPU", "FSDP")}  # distributed_type that each goes with
 _NOT_PARALLEL = {
     "dp_replicate_size": "processes that share out rows are DDP's; leave it out",
     "dp_shard_size": "processes that share out weights are FSDP2's: `distributed_type: FSDP` (configs/fsdp2.yaml)",
-    "cp_size": "its ring attention is there for CUDA alone, where we could not prove it; long rows: `gradient_checkpointing`",
-    "sp_size": "sequence parallelism is not there yet; long rows: `gradient_checkpointing`, or layers divided by tp_size",
+    "sp_size": "DeepSpeed's way to share out the tokens of a row; ours is parallelism_config_cp_size",
 }
 
 
@@ -41,18 +42,20 @@ class Sharding:
             and optimizer; `zero1`: the optimizer; `tp`: each layer is divided, and all of them compute every row.
         offloads_optimizer: whether its state waits in the CPU's memory.
         offloads_weights: whether the weights do.
+        cp_size: processes that share out the tokens of each row.
     """
 
     num_processes: int = 1
     kind: Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "tp"] = "ddp"
     offloads_optimizer: bool = False
     offloads_weights: bool = False
+    cp_size: int = 1
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Among how many processes rows are shared out, and each layer is divided, in the words of `peftkit.plan.Hardware`."""
-        rows, layers = (1, self.num_processes) if self.kind == "tp" else (self.num_processes, 1)
-        return {"num_processes": rows, "divided_by": layers}
+        """Among how many processes rows, layers and tokens are shared out, in the words of `peftkit.plan.Hardware`."""
+        rows, layers = (1, self.num_processes) if self.kind == "tp" else (self.num_processes // self.cp_size, 1)
+        return {"num_processes": rows, "divided_by": layers, "cp_size": self.cp_size}
 
 
 def read_sharding(processes: int | None, config: Path | None) -> Sharding:
@@ -64,8 +67,14 @@ def read_sharding(processes: int | None, config: Path | None) -> Sharding:
     check_launch(processes, config)
     facts = read_launch_file(config) if config is not None else {}
     count = processes or facts.get("num_processes") or 1
-    if check_parallelism(facts, count) > 1:
+    parallel = check_parallelism(facts, count)
+    if parallel["tp_size"] > 1:
         return Sharding(count, "tp")
+    return dataclasses.replace(_stored_sharding(facts, count), cp_size=parallel["cp_size"])
+
+
+def _stored_sharding(facts: Mapping[str, Any], count: int) -> Sharding:
+    """How so many processes share what is stored."""
     if facts.get("distributed_type") == "FSDP":
         settings = facts.get("fsdp_config") or {}
         names = fsdp_names(str(settings.get("fsdp_version", 1)))
@@ -207,15 +216,15 @@ def with_fsdp_settled(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**facts, "fsdp_config": usual | stated | dict.fromkeys(_NOT_OF_FSDP, False)}
 
 
-def check_parallelism(facts: Mapping[str, Any], count: int) -> int:
-    """The processes that divide each layer, of what a launch file says of parallelism.
+def check_parallelism(facts: Mapping[str, Any], count: int) -> dict[str, int]:
+    """`tp_size`, the processes that divide each layer, and `cp_size`, those that share out the tokens of each row.
 
     Args:
         facts: the launch file.
         count: all processes.
 
     Raises:
-        RecipeError: it asks for a kind that is not there, or layers are divided among others than all processes.
+        RecipeError: it asks for a kind that is not there, or for numbers or kinds that do not go together.
     """
     stated = {
         str(key).removeprefix("parallelism_config_"): value for key, value in (facts.get("parallelism_config") or {}).items()
@@ -223,16 +232,24 @@ def check_parallelism(facts: Mapping[str, Any], count: int) -> int:
     for name, why in _NOT_PARALLEL.items():
         if str(stated.get(name, 1)) != "1":
             raise RecipeError(f"--launch: parallelism_config_{name}: {stated[name]} is not supported: {why}")
-    size = stated.get("tp_size", 1)
-    if not isinstance(size, int) or size < 1:
-        raise RecipeError(f"--launch: parallelism_config_tp_size: {size} is not allowed; it takes a whole number above 0")
-    if size > 1 and str(facts.get("distributed_type", "MULTI_GPU")).upper() != "MULTI_GPU":
-        raise RecipeError("--launch: parallelism_config_tp_size needs distributed_type: MULTI_GPU")
-    if size > 1 and size != count:
+    sizes = {name: stated.get(name, 1) for name in _KINDS}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise RecipeError(f"--launch: parallelism_config_{name}: {size} is not allowed; it takes a whole number above 0")
+        if size > 1 and str(facts.get("distributed_type", "MULTI_GPU")).upper() not in _KINDS[name]:
+            raise RecipeError(f"--launch: parallelism_config_{name} needs distributed_type: {' or '.join(_KINDS[name])}")
+    layers, tokens = sizes.values()
+    if layers > 1 and tokens > 1:
+        raise RecipeError("--launch: parallelism_config_tp_size and parallelism_config_cp_size do not go together: use one")
+    if layers not in (1, count):
         raise RecipeError(
-            f"--launch: parallelism_config_tp_size: {size} is not num_processes, {count}, all of which divide each layer"
+            f"--launch: parallelism_config_tp_size: {layers} is not num_processes, {count}, all of which divide each layer"
         )
-    return size
+    if count % tokens:
+        raise RecipeError(
+            f"--launch: parallelism_config_cp_size: {tokens} does not divide num_processes, {count}: so many share each row"
+        )
+    return sizes
 
 
 def check_sharded(kind: str, *, has_gpu: bool) -> None:

@@ -34,6 +34,7 @@ class Hardware:
         memory_bytes: memory of the device (of the machine, for cpu).
         num_processes: processes among which rows are shared out.
         divided_by: processes that divide each layer and have the same rows.
+        cp_size: processes that share out the tokens of each row.
     """
 
     device: Literal["cpu", "cuda", "mps"]
@@ -42,6 +43,7 @@ class Hardware:
     memory_bytes: int
     num_processes: int = 1
     divided_by: int = 1
+    cp_size: int = 1
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parameters, modules_to_save, targeted
 from peftkit.engine.checks import ill_fitting, model_problems, unfit, unmatched
+from peftkit.engine.fast import why_not_split
 from peftkit.engine.hooks import Context
 from peftkit.engine.model import base_of, load_config, meta_model, missing_weights
 from peftkit.engine.modules import is_tied
@@ -71,6 +72,8 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
     config = load_config(base, Encoding(max_length=1, labels=labels))
     model = meta_model(base, config)
     problems = list(model_problems(plan, model))
+    if plan.hardware.cp_size > 1:
+        problems += why_not_split(plan, model)
     targets: dict[str, int] = {}
     reason = ""
     if "target_modules" in type(plan.recipe.adapter).model_fields:

@@ -17,16 +17,18 @@ import torch
 from torch import nn
 
 from peftkit.engine.adapter import base_of_adapted
+from peftkit.engine.batches import join
 from peftkit.engine.certify import TOLERANCE
+from peftkit.engine.context_parallel import prove_split
 from peftkit.engine.fused import fusable, fuse, separate, stirred
 from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hardware import autocast
 from peftkit.engine.packing import prove_packing, untouched
-from peftkit.engine.segments import SEGMENTS
+from peftkit.engine.segments import CONTEXT, SEGMENTS
 from peftkit.engine.stored import quantised_weights
 from peftkit.engine.tensor_parallel import divides_layers
 from peftkit.engine.token_loss import Head, find_head
-from peftkit.errors import RecipeError
+from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Choice, Plan, RowLayout
 from peftkit.recipe.packing import packs_by, why_not_packed
 from peftkit.tasks.example import Batch, Example, Runtime
@@ -67,7 +69,7 @@ class FastPaths:
 
 def find_fast_paths(plan: Plan, model: nn.Module) -> FastPaths:
     """What a plan and the modules of its (adapted) model allow, weights or not."""
-    rows, by_row, layout = _row_layout(plan, model)
+    rows, by_row, layout = row_layout(plan, model)
     base: Any = base_of_adapted(model)
     attention: str = base.config._attn_implementation
     if not plan.recipe.training.fast_paths or divides_layers(model):
@@ -106,7 +108,7 @@ def _sees_no_padding(plan: Plan) -> bool:
     return plan.recipe.training.fast_paths and plan.task.packs and not plan.method.rows_interact
 
 
-def _row_layout(plan: Plan, model: nn.Module) -> tuple[RowLayout, bool, Choice]:
+def row_layout(plan: Plan, model: nn.Module) -> tuple[RowLayout, bool, Choice]:
     """How rows are laid out, and whether attention runs row by row."""
     packing, attention = plan.recipe.data.packing if plan.recipe.data else False, plan.recipe.model.attn_implementation
     config = base_of_adapted(model).config.to_dict()  # type: ignore[operator, union-attr]
@@ -163,6 +165,12 @@ def take_fast_paths(
     paths, device = find_fast_paths(plan, model), next(model.parameters()).device
     with autocast(device.type, plan.mixed_precision):
         rows = _proven_layout(paths, model, runtime, examples, note)
+    if plan.hardware.cp_size > 1:
+        if rows == "padded":
+            raise RecipeError(
+                [Problem("", "parallelism_config_cp_size", "the model does not keep rows apart that lie end to end")]
+            )
+        _take_split(plan, model, runtime, examples)
     if rows != paths.rows:
         paths = replace(paths, rows=rows, by_row=False, drops_mask=_sees_no_padding(plan))
     if paths.head is None and not paths.fused and not paths.drops_mask:
@@ -223,6 +231,25 @@ def taken(plan: Plan, model: nn.Module) -> Iterator[FastPaths]:
         yield paths
     finally:
         paths.leave(model)
+
+
+def why_not_split(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What stands against processes that share out the tokens of rows, for a plan and a (base) model, weights or not."""
+    rows, by_row, layout = row_layout(plan, model)
+    if rows == "padded" or not by_row:
+        what = f"processes share out the tokens (cp_size) of rows end to end, by sdpa attention; here not: {layout.reason}"
+        yield "data.packing" if plan.task.packs else "task", what
+
+
+def _take_split(plan: Plan, model: nn.Module, runtime: Runtime, examples: Sequence[Example]) -> None:
+    """Let attention gather keys and values from the processes that share tokens, and prove that it does."""
+    base, device = base_of_adapted(model), next(model.parameters()).device
+    base.set_attn_implementation(CONTEXT)  # type: ignore[operator]
+    joined = join([_cut(example, _LENGTHS[place % 3]) for place, example in enumerate(examples)])
+    batch = {name: tensor.to(device) for name, tensor in runtime.collate([joined]).items()}
+    tolerance = _tolerance(plan.mixed_precision, plan.dtype)
+    with autocast(device.type, plan.mixed_precision):
+        prove_split(model, batch, runtime.forward, plan.hardware.cp_size, tolerance)
 
 
 def _proven_layout(

@@ -20,7 +20,7 @@ from accelerate import (
 from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from peftkit.launch import FSDP_ON_CPU, divided_by, is_worker, started_with
+from peftkit.launch import FSDP_ON_CPU, cp_size, divided_by, is_worker, started_with
 from peftkit.plan import Hardware, Plan
 from peftkit.run import Run
 
@@ -30,17 +30,17 @@ WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.M
 
 def detect_hardware() -> Hardware:
     """Facts about the device that this process trains on; PEFTKIT_DEVICE=cpu hides a GPU."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1")) // divided_by()
+    num_processes = int(os.environ.get("WORLD_SIZE", "1")) // (divided_by() * cp_size())
     index = _cuda_index()
     if index is not None:
         facts = torch.cuda.get_device_properties(index)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Hardware("cuda", facts.name, native, facts.total_memory, num_processes, divided_by())
+        return Hardware("cuda", facts.name, native, facts.total_memory, num_processes, divided_by(), cp_size())
     memory = psutil.virtual_memory().total
     if torch.backends.mps.is_available() and not _is_forced_to_cpu():
         return Hardware("mps", "Apple GPU", True, memory, num_processes)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or platform.machine() == "arm64"
-    return Hardware("cpu", "the CPU", bool(native), memory, num_processes, divided_by())
+    return Hardware("cpu", "the CPU", bool(native), memory, num_processes, divided_by(), cp_size())
 
 
 def _is_forced_to_cpu() -> bool:

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_masks_for_generate
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.certify import TOLERANCE, largest_difference
 from peftkit.engine.guard import raise_if_exhausted
-from peftkit.engine.segments import SEGMENTS
+from peftkit.engine.segments import BY_ROW
 from peftkit.errors import Problem, RecipeError
 from peftkit.recipe.packing import Way, packs_by, why_not_packed
 from peftkit.tasks.example import Batch
@@ -78,7 +78,7 @@ def way_of(model: nn.Module) -> Way:
     """
     config: Any = base_of_adapted(model).config
     facts, attention = config.to_dict(), config._attn_implementation
-    if attention == SEGMENTS:
+    if attention in BY_ROW:
         return "rows"
     if reason := why_not_packed(facts, attention):
         raise RecipeError([Problem("", "data.packing", reason)])

@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENTS = "peftkit_segments"
+CONTEXT = "peftkit_context"  # the same where processes share out tokens, see `engine.context_parallel`
+BY_ROW = (SEGMENTS, CONTEXT)
 
 
 def segments_mask(
@@ -60,20 +62,20 @@ def segments_attention(
         dropout: of attention weights.
         options: of the layer. With `softcap` or sinks (`s_aux`), which sdpa lacks, its own eager attention is taken.
     """
-    attend = _attention_of(module, options)
-    additive = attend is not sdpa_attention_forward
+    attend = attention_of(module, options)
+    adds = attend is not sdpa_attention_forward
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        mask = _additive(attention_mask, query, key) if additive else attention_mask
+        mask = additive(attention_mask, query, key) if adds else attention_mask
         return attend(module, query, key, value, mask, dropout=dropout, **options)
     window, *lengths = attention_mask.flatten().tolist()
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    if not dropout and not additive and _has_kernel_of_rows(query, value, dtype):
+    if not dropout and not adds and _has_kernel_of_rows(query, value, dtype):
         states = [part.to(dtype) for part in (query, key, value)]  # autocast does not know the kernel
         return _all_rows(states, lengths, window, options.get("scaling")), None
     outputs = []
     for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
         mask = _banded(q, window) if 0 < window < q.shape[2] else None
-        mask = _additive(mask, q, k) if additive else mask
+        mask = additive(mask, q, k) if adds else mask
         outputs.append(attend(module, q, k, v, mask, dropout=dropout, **options)[0])
     return torch.cat(outputs, dim=1), None
 
@@ -114,7 +116,7 @@ def _places(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def _attention_of(module: nn.Module, options: dict[str, Any]) -> Any:
+def attention_of(module: nn.Module, options: dict[str, Any]) -> Any:
     if options.get("softcap") is None and options.get("s_aux") is None:
         return sdpa_attention_forward
     return sys.modules[type(module).__module__].eager_attention_forward
@@ -127,7 +129,7 @@ def _banded(query: torch.Tensor, window: int) -> torch.Tensor:
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """A mask (B, 1, T, S) as the eager attention of models adds it to scores; without one, the causal one."""
     if mask is None:
         ends = torch.arange(query.shape[2], device=query.device) + key.shape[2] - query.shape[2]

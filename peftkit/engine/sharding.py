@@ -126,11 +126,14 @@ def clipped_norm(accelerator: Accelerator, wrapped: Any, trained: list[nn.Parame
     return float(gathered(accelerator.clip_grad_norm_(trained, limit if limit is not None else math.inf)))
 
 
-def data_share(model: nn.Module) -> tuple[int, int]:
-    """Among how many processes rows are shared out, and which of them this is; those that divide layers all have every row."""
+def data_share(model: nn.Module, cp_size: int = 1) -> tuple[int, int]:
+    """Among how many processes rows are shared out, and which of them this is.
+
+    Those that divide layers all have every row; so many that share tokens, neighbours by rank, have the same rows.
+    """
     if not torch.distributed.is_initialized() or tensor_parallel.divides_layers(model):
         return 1, 0
-    return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return torch.distributed.get_world_size() // cp_size, torch.distributed.get_rank() // cp_size
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.hardware import autocast
@@ -55,6 +56,8 @@ class Step(nn.Module):
             outputs = self.head.states(self.model, self.runtime.inputs(self.model, batch))
         if outputs_only:
             return outputs
+        if batch["labels"].shape[1] > batch["input_ids"].shape[1]:  # see `context_parallel.split_batch`
+            outputs = functional.pad(outputs, (0, 0, 0, 1))
         if self.head is None:
             return self.runtime.loss_sum(outputs, batch["labels"], self.label_smoothing)
         states, labels = self.runtime.align(outputs, batch["labels"])

@@ -29,6 +29,7 @@ from peftkit.engine.checkpoint import (
     save_best,
     save_checkpoint,
 )
+from peftkit.engine.context_parallel import split_batch
 from peftkit.engine.coupled import coupled_backward
 from peftkit.engine.data import Data
 from peftkit.engine.digest import rows_digest
@@ -106,7 +107,8 @@ class Trainer:
         self.step = Step(self.model, self.runtime, self.paths.head, smoothing, precision)
         prepared = prepare(self.accelerator, self.plan, self.step, optimizer)
         self.wrapped, self.optimizer = prepared.step, prepared.optimizer
-        self.share = data_share(self.model)
+        self.share = data_share(self.model, self.plan.hardware.cp_size)
+        self.summed = data_share(self.model)  # processes whose losses are parts of a step's loss
         self.scheduler = build_scheduler(prepared.inner, self.plan, self.total_steps)
         self.trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         self.parts: dict[str, Any] = {"optimizer": prepared.state, "scheduler": self.scheduler}
@@ -164,7 +166,7 @@ class Trainer:
         """Go on from the newest sound checkpoint, where the run has one."""
         checkpoint = find_checkpoint(self.run, self.reporter.note, needs_best=self.plan.keeps_best)
         if checkpoint is not None:
-            process, seed = self.share[1], self.plan.recipe.training.seed
+            process, seed = self.summed[1], self.plan.recipe.training.seed
             self.progress = load_checkpoint(checkpoint, self.model, self.parts, process, seed)
             self.reporter.note(f"resumed after step {self.progress.step} of {self.total_steps}")
         if self.accelerator.is_main_process:
@@ -222,7 +224,7 @@ class Trainer:
         else:
             losses = self._separate_losses(batches, num_targets)
         summed = torch.stack(losses).sum()
-        total: float = (self.accelerator.reduce(summed, reduction="sum") if self.share[0] > 1 else summed).item()
+        total: float = (self.accelerator.reduce(summed, reduction="sum") if self.summed[0] > 1 else summed).item()
         if not math.isfinite(total):
             each = zip(ready.chunks, losses, strict=True) if len(losses) == len(batches) else []
             bad = [chunk for chunk, loss in each if not torch.isfinite(loss)]
@@ -247,7 +249,7 @@ class Trainer:
                 loss = self.wrapped(batch) / num_targets
                 trained_on = loss + self._method_terms(batch, num_targets, last=last)
                 # DDP averages gradients over processes, but a sum of shares is wanted.
-                backward(accelerator, self.wrapped, trained_on * self.share[0], last=last)
+                backward(accelerator, self.wrapped, trained_on * self.summed[0], last=last)
             losses.append(loss.detach())
         return losses
 
@@ -275,12 +277,14 @@ class Trainer:
         if batch_penalty := hook(self.plan.method, "batch_penalty"):
             terms = terms + batch_penalty(self.model, batch, self.loss_sum) / num_targets
         if last and (penalty := hook(self.plan.method, "penalty")):
-            terms = terms + penalty(self.model) / self.share[0]
+            terms = terms + penalty(self.model) / self.summed[0]
         return terms
 
     def _on_device(self, batch: Batch) -> Batch:
         """A micro-batch on the device, packed rows in the form that the model takes."""
         batch = moved(without_mask(batch) if self.paths.drops_mask else batch, self.accelerator.device)
+        if self.plan.hardware.cp_size > 1:
+            return split_batch(batch, self.model, self.plan.hardware.cp_size, self.summed[1] % self.plan.hardware.cp_size)
         return batch if self.packing_way is None else for_model(batch, self.model, self.packing_way)
 
     def _update(self, rows: list[Example]) -> float:

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from peftkit.methods import METHODS
 from peftkit.recipe.findings import written
 from peftkit.recipe.schema import Recipe
+from peftkit.tasks import TASKS
 
 # Their updates look at each number alone, so that parts of a tensor can be stepped apart.
+_SPLIT = "processes that share out tokens (parallelism_config_cp_size) lay rows end to end"
+
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -38,6 +41,29 @@ def why_not_sharded(recipe: Recipe, kind: str) -> Iterator[tuple[str, str]]:
         if not shares:
             what = f"{name} cannot share these layers out"
             yield "model.quantization", f"{what}; under FSDP2 4 bits of bitsandbytes can be, under DDP all kinds are whole"
+
+
+def why_not_split(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys that cannot be where processes share out the tokens of each row (context parallelism): it lays rows end to end."""
+    method, training = METHODS[recipe.adapter.method], recipe.training
+    if not TASKS[recipe.task].packs:
+        yield (
+            "task",
+            f"a row of {recipe.task} is not shared out among processes (parallelism_config_cp_size); leave cp_size out",
+        )
+        return
+    if reason := method.why_not_packed(recipe.adapter):
+        yield "adapter.method", f"`{method.name}` with tokens shared out among processes (parallelism_config_cp_size): {reason}"
+    if recipe.data is not None and recipe.data.packing is False:
+        yield "data.packing", f"false: {_SPLIT}; leave it out, or say true"
+    if recipe.model.attn_implementation not in (None, "sdpa"):
+        yield "model.attn_implementation", f"`{recipe.model.attn_implementation}`: {_SPLIT} by sdpa attention"
+    if not training.fast_paths:
+        yield "training.fast_paths", f"false: {_SPLIT}, which is one of them"
+    if training.torch_compile:
+        yield "training.torch_compile", f"true: {_SPLIT}, for which layers are not compiled"
+    if training.neftune_noise_alpha is not None:
+        yield "training.neftune_noise_alpha", f"its noise depends on the length of a padded row, and {_SPLIT}"
 
 
 def _is_fp16(recipe: Recipe) -> bool:

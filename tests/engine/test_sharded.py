@@ -67,6 +67,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
         ("deepspeed_zero3", "CAUSAL_LM", LORA, {}),
         ("deepspeed_zero3", "SEQ_CLS", LORA, {}),
         ("tensor_parallel", "CAUSAL_LM", LORA, {"training": TRAINING | {"max_grad_norm": 0.05}}),  # clips
+        ("context_parallel", "CAUSAL_LM", LORA, {}),
     ],
 )
 def test_launch_files_train_like_one_process(
