@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
@@ -62,9 +63,13 @@ def program(
 
 
 @functools.cache
-def _built() -> Any:
-    """The commands, whose signatures are read once."""
-    return typer.main.get_command(app)
+def _built(name: str) -> Any:
+    """The program with the command of this name, or with all: reading all their signatures takes as long as a recipe."""
+    part = copy.copy(app)
+    part.registered_commands = [
+        command for command in app.registered_commands if getattr(command.callback, "__name__", "") == name
+    ]
+    return typer.main.get_command(part if part.registered_commands else app)
 
 
 def main() -> None:
@@ -72,7 +77,7 @@ def main() -> None:
     from peftkit.errors import PeftkitError
 
     try:
-        _built()(prog_name="peftkit")
+        _built(*sys.argv[1:2] or [""])(prog_name="peftkit")
     except SystemExit as error:
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PeftkitError as error:
