@@ -1,4 +1,4 @@
-"""One of several processes that share out the tokens of rows: `python -m tests.context_worker RANK WORLD_SIZE PORT MODEL_TYPE...`.
+"""One of several processes that share out the tokens of rows: `python -m tests.context_worker RANK WORLD_SIZE PORT TYPE...`.
 
 It prints, for each model type, how far loss and gradients of all of them are from those of one process that has every token.
 """

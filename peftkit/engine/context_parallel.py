@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftkit.engine.packing import Forward, block_mask, for_model, untouched
-from peftkit.engine.segments import CONTEXT, additive, attention_of, segments_attention, segments_mask
+from peftkit.engine.segments import CONTEXT, attention_of, segments_attention, segments_mask
 from peftkit.errors import Problem, RecipeError
 from peftkit.tasks.example import IGNORE_INDEX, Batch
 
@@ -59,8 +60,8 @@ def split_batch(batch: Batch, model: nn.Module, cp_size: int, part: int) -> dict
         part: which of them this is.
 
     Returns:
-        `input_ids` and `position_ids` (1, N); the layout as `attention_mask`; `labels` (1, 1 + N), each one place to the right of
-        what predicts it and one more in front, for the last token of a piece predicts the first of the next one.
+        `input_ids` and `position_ids` (1, N); the layout as `attention_mask`; `labels` (1, 1 + N), each one place to the right
+        of what predicts it and one more in front, for the last token of a piece predicts the first of the next one.
     """
     whole = {name: tensor.reshape(1, -1, *tensor.shape[2:]) for name, tensor in batch.items()}
     length = whole["input_ids"].shape[1]
@@ -82,7 +83,8 @@ def _longer(tensor: torch.Tensor, count: int, value: int) -> torch.Tensor:
 
 def _with_part(layout: torch.Tensor | None, cp_size: int, part: int) -> torch.Tensor:
     """What `segments_mask` says of a sequence (1, 1, 1, 1 + rows), and below it whose part of it this is."""
-    assert layout is not None and layout.dtype == torch.int64, "the mask does not tell where rows begin"
+    assert layout is not None, "there is no mask"
+    assert layout.dtype == torch.int64, "the mask does not tell where rows begin"
     whose = torch.zeros_like(layout)
     whose[..., 0], whose[..., 1] = cp_size, part
     return torch.cat([layout, whose], dim=2)
@@ -127,16 +129,38 @@ def attend_part(
     window, lengths, cp_size, part = layout
     keys, values = (_in_order(states, cp_size) for states in (key, value))
     pieces = pieces_of(lengths, cp_size, part, window)
-    queries = query.split([piece.stop - piece.start for piece in pieces], dim=2)
-    attend = attention_of(module, options)
     outputs = []
-    for own, piece in zip(queries, pieces, strict=True):
-        k, v = keys[:, :, piece.first : piece.stop], values[:, :, piece.first : piece.stop]
-        mask = _mask(own, k, window)
-        if attend is not sdpa_attention_forward:
-            mask = additive(None if isinstance(mask, CausalBias) else mask, own, k)
-        outputs.append(attend(module, own, k, v, mask, dropout=dropout, **options)[0])
+    for own, piece in zip(query.split([piece.stop - piece.start for piece in pieces], dim=2), pieces, strict=True):
+        seen = [states[:, :, piece.first : piece.stop] for states in (keys, values)]
+        outputs.append(_attend_last(module, own, *seen, window=window, dropout=dropout, **options))
     return torch.cat(outputs, dim=1)
+
+
+def _attend_last(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    window: int,
+    dropout: float,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention output (1, T, H, D) of queries (1, H, T, D) that are the last places of the keys (1, H, S, D)."""
+    attend, count, seen = attention_of(module, options), query.shape[2], key.shape[2]
+    banded = count > 1 and 0 < window < seen
+    if not banded and count in (1, seen) and attend is sdpa_attention_forward:
+        mask = None  # sdpa's own
+    elif not banded and query.is_cuda and attend is sdpa_attention_forward:
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        q, k, v = (part.to(dtype) for part in (query, key, value))  # autocast does not know what the bias stands for
+        bias, scale, grouped = causal_lower_right(count, seen), options.get("scaling"), query.shape[1] != key.shape[1]
+        output = functional.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, enable_gqa=grouped)
+        return output.transpose(1, 2)
+    else:
+        mask = _mask(count, seen, window if banded else seen, query.dtype, query.device)
+    attended: torch.Tensor = attend(module, query, key, value, mask, dropout=dropout, **options)[0]
+    return attended
 
 
 def pieces_of(lengths: Sequence[int], cp_size: int, part: int, window: int = 0) -> list[Piece]:
@@ -152,14 +176,12 @@ def pieces_of(lengths: Sequence[int], cp_size: int, part: int, window: int = 0) 
     return found
 
 
-def _mask(query: torch.Tensor, key: torch.Tensor, window: int) -> Any:
-    """What queries (1, H, T, D), the last places of the keys (1, H, S, D), see of them; None: what is causal for sdpa."""
-    count, seen = query.shape[2], key.shape[2]
-    if count == 1 or not 0 < window < seen:
-        return None if count in (1, seen) else causal_lower_right(count, seen)
-    ends = torch.arange(seen - count, seen, device=query.device)
-    distance = ends[:, None] - torch.arange(seen, device=query.device)[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+@functools.lru_cache(maxsize=8)  # the layers of a pass share them
+def _mask(count: int, seen: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What is added to the scores (1, 1, count, seen) of the last places among so many, which see `window` places."""
+    distance = torch.arange(seen - count, seen, device=device)[:, None] - torch.arange(seen, device=device)[None, :]
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
 def _in_order(states: torch.Tensor, cp_size: int) -> torch.Tensor:

@@ -51,11 +51,17 @@ def find_largest_pass(plan: Plan, data: Data, model: nn.Module) -> LargestPass:
 
 
 def largest_pass(plan: Plan, data: Data, model: nn.Module, runtime: Runtime) -> tuple[Batch, int]:
-    """The batch of the training pass that needs most memory, as the model takes it, and how many passes its step has."""
+    """The batch of the training pass that needs most memory, as the model takes it, and how many passes its step has.
+
+    Where processes share out tokens it is as long as the part of one of them.
+    """
     found, sample = find_largest_pass(plan, data, model), data.sample
     packs = layout_of(plan, data.encoding.max_length).joins
     examples = [join([sample[row] for row in rows]) if packs else sample[rows[0]] for rows in found.sequences]
     batch = runtime.collate(examples)
+    if (cp_size := plan.hardware.cp_size) > 1:
+        batch = {name: tensor.flatten(0, 1)[None] for name, tensor in batch.items()}
+        batch = {name: tensor[:, : -(-tensor.shape[1] // cp_size)] for name, tensor in batch.items()}
     return (for_model(batch, model, way_of(model)) if packs else batch), found.count
 
 

@@ -91,10 +91,24 @@ def plan_memory(found: Survey, sharding: Sharding = Sharding()) -> MemoryPlan:  
     with taken(plan, model):
         batch, num_passes = largest_pass(plan, found.data, model, runtime)
     held, how = trace_step(found, runtime, batch, accumulates=num_passes > 1)
+    held = dataclasses.replace(held, activations=held.activations + _gathered_bytes(plan, model, batch["input_ids"].numel()))
     size = stored(plan, model).shared(sharding)
     shape = next(tensor for name, tensor in batch.items() if name == "input_ids").shape
     phases = dict(phases_of(found, runtime, size, held))
     return MemoryPlan(phases, (shape[0], shape[1]), how, held)
+
+
+def _gathered_bytes(plan: Plan, model: nn.Module, tokens: int) -> int:
+    """Keys and values of other processes that share tokens with this one, which has so many; each layer keeps its own."""
+    if plan.hardware.cp_size == 1:
+        return 0
+    config: Any = base_of_adapted(model).config.get_text_config()  # type: ignore[operator, union-attr]
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    repeats = plan.hardware.device == "cpu"  # keys of grouped heads, for a kernel with a mask
+    width = 2 * size * (heads if repeats else getattr(config, "num_key_value_heads", None) or heads)
+    kept = 1 if plan.recipe.training.gradient_checkpointing is True else layers
+    return (plan.hardware.cp_size - 1) * tokens * width * kept * (4 if plan.mixed_precision == "no" else 2)
 
 
 def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iterator[tuple[str, dict[str, int]]]:

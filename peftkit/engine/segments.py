@@ -65,7 +65,7 @@ def segments_attention(
     attend = attention_of(module, options)
     adds = attend is not sdpa_attention_forward
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        mask = additive(attention_mask, query, key) if adds else attention_mask
+        mask = _additive(attention_mask, query, key) if adds else attention_mask
         return attend(module, query, key, value, mask, dropout=dropout, **options)
     window, *lengths = attention_mask.flatten().tolist()
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
@@ -75,7 +75,7 @@ def segments_attention(
     outputs = []
     for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
         mask = _banded(q, window) if 0 < window < q.shape[2] else None
-        mask = additive(mask, q, k) if adds else mask
+        mask = _additive(mask, q, k) if adds else mask
         outputs.append(attend(module, q, k, v, mask, dropout=dropout, **options)[0])
     return torch.cat(outputs, dim=1), None
 
@@ -129,7 +129,7 @@ def _banded(query: torch.Tensor, window: int) -> torch.Tensor:
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """A mask (B, 1, T, S) as the eager attention of models adds it to scores; without one, the causal one."""
     if mask is None:
         ends = torch.arange(query.shape[2], device=query.device) + key.shape[2] - query.shape[2]

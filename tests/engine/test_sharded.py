@@ -67,7 +67,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
         ("deepspeed_zero3", "CAUSAL_LM", LORA, {}),
         ("deepspeed_zero3", "SEQ_CLS", LORA, {}),
         ("tensor_parallel", "CAUSAL_LM", LORA, {"training": TRAINING | {"max_grad_norm": 0.05}}),  # clips
-        ("context_parallel", "CAUSAL_LM", LORA, {}),
+        ("context_parallel", "CAUSAL_LM", LORA, {"data": {"validation": 0.25, "packing": True}}),
     ],
 )
 def test_launch_files_train_like_one_process(
@@ -90,6 +90,7 @@ def test_launch_files_train_like_one_process(
         ("ddp", "fsdp2"),
         ("deepspeed_zero3", "deepspeed_zero2"),
         ("tensor_parallel", "ddp"),
+        ("context_parallel", "ddp"),
     ],
 )
 def test_a_run_goes_on_another_way_than_it_began(models_dir: Path, tmp_path: Path, first: str, second: str) -> None:
@@ -121,6 +122,14 @@ def test_a_run_goes_on_another_way_than_it_began(models_dir: Path, tmp_path: Pat
         ("tensor_parallel", ["adapter.use_dora=true"], "adapter.use_dora: `True` needs whole layers"),
         ("tensor_parallel", ["model.quantization={bits: 4}"], "model.quantization: quantised layers cannot be divided"),
         ("deepspeed_zero2", ["training.mixed_precision=fp16"], "training.mixed_precision: fp16 has a loss scale"),
+        (
+            "context_parallel",
+            ["adapter={method: p_tuning}"],
+            "adapter.method: `p_tuning` with tokens shared out among processes",
+        ),
+        ("context_parallel", ["data.packing=false"], "data.packing: false: processes that share out tokens"),
+        ("context_parallel", ["training.torch_compile=true"], "training.torch_compile: true: processes that share out tokens"),
+        ("context_parallel", ["model.attn_implementation=eager"], "model.attn_implementation: `eager`: processes that share"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused_before_any_process_starts(
@@ -151,7 +160,9 @@ def test_models_that_cannot_be_divided_are_known_without_weights(
     ("parallelism", "words"),
     [
         ("{parallelism_config_tp_size: 4}", "parallelism_config_tp_size: 4 is not num_processes, 2"),
-        ("{parallelism_config_cp_size: 2}", "parallelism_config_cp_size: 2 is not supported: its ring attention"),
+        ("{parallelism_config_cp_size: 3}", "parallelism_config_cp_size: 3 does not divide num_processes, 2"),
+        ("{parallelism_config_cp_size: 2, parallelism_config_tp_size: 2}", "do not go together: use one"),
+        ("{parallelism_config_sp_size: 2}", "parallelism_config_sp_size: 2 is not supported: DeepSpeed's way"),
         ("{parallelism_config_dp_shard_size: 2}", "processes that share out weights are FSDP2's"),
     ],
 )
