@@ -30,6 +30,7 @@ def split_loss(model: Any, rank: int, world: int) -> torch.Tensor:
     batch = packed_batch()
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORE_INDEX)
     step = Step(model, TASKS["CAUSAL_LM"].runtime(tiny_tokenizer(), Encoding(max_length=8)))
+    step.splits_rows = True
     return step(split_batch(batch, model, world, rank))
 
 

@@ -71,9 +71,7 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
     base = base_of(plan)
     config = load_config(base, Encoding(max_length=1, labels=labels))
     model = meta_model(base, config)
-    problems = list(model_problems(plan, model))
-    if plan.hardware.cp_size > 1:
-        problems += why_not_split(plan, model)
+    problems = [*model_problems(plan, model), *why_not_split(plan, model)]
     targets: dict[str, int] = {}
     reason = ""
     if "target_modules" in type(plan.recipe.adapter).model_fields:

@@ -160,17 +160,13 @@ def take_fast_paths(
         note: told of every way that is not taken after all.
 
     Raises:
-        RecipeError: the recipe asks for packed rows, and the model does not keep them apart.
+        RecipeError: rows have to be packed, or their tokens shared out, and the model does not keep them apart.
     """
     paths, device = find_fast_paths(plan, model), next(model.parameters()).device
     with autocast(device.type, plan.mixed_precision):
         rows = _proven_layout(paths, model, runtime, examples, note)
     if plan.hardware.cp_size > 1:
-        if rows == "padded":
-            raise RecipeError(
-                [Problem("", "parallelism_config_cp_size", "the model does not keep rows apart that lie end to end")]
-            )
-        _take_split(plan, model, runtime, examples)
+        _take_split(plan, model, runtime, examples, rows)
     if rows != paths.rows:
         paths = replace(paths, rows=rows, by_row=False, drops_mask=_sees_no_padding(plan))
     if paths.head is None and not paths.fused and not paths.drops_mask:
@@ -234,15 +230,20 @@ def taken(plan: Plan, model: nn.Module) -> Iterator[FastPaths]:
 
 
 def why_not_split(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What stands against processes that share out the tokens of rows, for a plan and a (base) model, weights or not."""
+    """What stands against processes that share out the tokens of rows, if they do, for a (base) model, weights or not."""
+    if plan.hardware.cp_size == 1:
+        return
     rows, by_row, layout = row_layout(plan, model)
     if rows == "padded" or not by_row:
         what = f"processes share out the tokens (cp_size) of rows end to end, by sdpa attention; here not: {layout.reason}"
         yield "data.packing" if plan.task.packs else "task", what
 
 
-def _take_split(plan: Plan, model: nn.Module, runtime: Runtime, examples: Sequence[Example]) -> None:
+def _take_split(plan: Plan, model: nn.Module, runtime: Runtime, examples: Sequence[Example], rows: RowLayout) -> None:
     """Let attention gather keys and values from the processes that share tokens, and prove that it does."""
+    if rows == "padded":
+        what = "the model does not keep rows apart that lie end to end"
+        raise RecipeError([Problem("", "parallelism_config_cp_size", what)])
     base, device = base_of_adapted(model), next(model.parameters()).device
     base.set_attn_implementation(CONTEXT)  # type: ignore[operator]
     joined = join([_cut(example, _LENGTHS[place % 3]) for place, example in enumerate(examples)])

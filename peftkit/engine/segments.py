@@ -117,6 +117,7 @@ def _places(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def attention_of(module: nn.Module, options: dict[str, Any]) -> Any:
+    """transformers' sdpa attention or, for what that lacks (`softcap`, sinks), the eager attention of the layer's model."""
     if options.get("softcap") is None and options.get("s_aux") is None:
         return sdpa_attention_forward
     return sys.modules[type(module).__module__].eager_attention_forward

@@ -22,6 +22,7 @@ class Step(nn.Module):
         head: the output layer, where the loss is taken from hidden states; None: from what the model returns.
         label_smoothing: of the loss.
         precision: autocast, in accelerate's words: FSDP2 and DeepSpeed leave it to the step.
+        splits_rows: whether the batches that it learns from are parts of rows.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.runtime, self.head, self.label_smoothing, self.precision = runtime, head, label_smoothing, precision
+        self.splits_rows = False
         self.kept_whole: list[nn.Parameter] = []  # what FSDP2 leaves alone, see `engine.sharding`
         # FSDP2 gathers these layers one after the other (accelerate 1.15 asks the module that it prepares).
         self._no_split_modules = list(getattr(base_of_adapted(model), "_no_split_modules", None) or [])
@@ -56,8 +58,8 @@ class Step(nn.Module):
             outputs = self.head.states(self.model, self.runtime.inputs(self.model, batch))
         if outputs_only:
             return outputs
-        if batch["labels"].shape[1] > batch["input_ids"].shape[1]:  # see `context_parallel.split_batch`
-            outputs = functional.pad(outputs, (0, 0, 0, 1))
+        if self.splits_rows:
+            outputs = functional.pad(outputs, (0, 0, 0, 1))  # a place less than labels, see `context_parallel.split_batch`
         if self.head is None:
             return self.runtime.loss_sum(outputs, batch["labels"], self.label_smoothing)
         states, labels = self.runtime.align(outputs, batch["labels"])

@@ -105,6 +105,7 @@ class Trainer:
         self.packing_way = way_of(self.model) if self.layout.joins else None
         smoothing, precision = self.plan.recipe.training.label_smoothing_factor, self.plan.mixed_precision
         self.step = Step(self.model, self.runtime, self.paths.head, smoothing, precision)
+        self.step.splits_rows = self.plan.hardware.cp_size > 1
         prepared = prepare(self.accelerator, self.plan, self.step, optimizer)
         self.wrapped, self.optimizer = prepared.step, prepared.optimizer
         self.share = data_share(self.model, self.plan.hardware.cp_size)
