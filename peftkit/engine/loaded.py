@@ -16,6 +16,7 @@ from torch import nn
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast, process_device
+from peftkit.engine.in_files import Keep, cast, in_memory
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import bitsandbytes_layers, dequantized
@@ -173,12 +174,13 @@ def is_switchable(loaded: LoadedAdapter) -> bool:
     return isinstance(loaded.model, AdaptedModel) and not (loaded.folder / HEAD).is_file()
 
 
-def with_full_weights(loaded: LoadedAdapter) -> nn.Module:
-    """The same adapter on the weights that its quantised base stands for, freshly loaded, on the CPU in float32."""
+def with_full_weights(loaded: LoadedAdapter, keep: Keep = in_memory) -> nn.Module:
+    """The same adapter on the weights that its base stands for, freshly loaded, on the CPU in float32."""
     source = dataclasses.replace(loaded.facts.base_model(loaded.folder), device=CPU)
     base, missing = load_base_model(source, loaded.runtime.settings)
     set_pad_token(base, loaded.runtime.tokenizer)
-    return load_into(dequantized(base), loaded.folder, loaded.facts.method, missing).float()
+    full = load_into(dequantized(base, keep), loaded.folder, loaded.facts.method, missing)
+    return cast(full, torch.float32, keep)
 
 
 def _require_own_virtual_tokens(folder: Path, facts: AdapterFacts) -> None:
