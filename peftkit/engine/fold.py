@@ -1,4 +1,4 @@
-"""An adapter folded into the weights of its base, one layer at a time: PEFT's own merge of each, in the dtype that they have."""
+"""An adapter folded into the weights of its base, one layer at a time: PEFT's own merge of each, in the dtype they have."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folded(model: nn.Module, method: str, keep: Keep) -> Any:
             _untie(model.get_base_model(), keep)
             for name, layer in _adapted_layers(model.get_base_model()):
                 _put(model.get_base_model(), name, _plain(model, layer, keep))
-            return with_conv1d(model.merge_and_unload(), keep)  # type: ignore[operator]  # of what is left: the config
+            return with_conv1d(model.merge_and_unload(), keep)  # of what is left: the config
     except (AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
         raise_if_exhausted(error)
         kind = "" if method in METHODS else f" ({method})"
@@ -67,7 +67,7 @@ def _plain(model: PeftModel, layer: nn.Module, keep: Keep) -> nn.Module:
         plain = tuner.merge_and_unload(safe_merge=True).layer
     for parameter in plain.parameters():
         parameter.data = keep(parameter.data)
-    return plain  # type: ignore[no-any-return]
+    return plain
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Weights that lie in files: mapped, read where they are used, and let go by the system when others need the room.
 
-safetensors maps a checkpoint, and transformers keeps what it need not convert as it is (transformers 5.23): such weights take no
-memory of the process. What is converted while loading, and what is computed from it, goes into files of ours.
+safetensors maps a checkpoint, and transformers keeps what it need not convert as it is (transformers 5.23): such weights take
+no memory. What is converted while loading, and what is computed later, goes into files of ours.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def _in_file(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
     try:
         save_file({"weight": tensor.detach().contiguous()}, path)
         with safe_open(path, "pt") as handle:
-            return handle.get_tensor("weight")  # type: ignore[no-any-return]
+            return handle.get_tensor("weight")
     finally:
         os.unlink(path)  # the mapping stays
 
 
-def cast(model: nn.Module, dtype: torch.dtype, keep: Keep = in_memory, but: Collection[int] = ()) -> nn.Module:
+def cast(model: nn.Module, dtype: torch.dtype, keep: Keep = in_memory, but: Collection[int] = ()) -> Any:
     """The model with every floating-point parameter and buffer in a dtype, one after the other, in place.
 
     Args:

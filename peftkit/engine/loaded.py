@@ -117,13 +117,16 @@ def adapter_folder(path: Path) -> Path:
     return path
 
 
-def load_adapter(path: Path, base: str | None = None, device: torch.device | None = None) -> LoadedAdapter:
+def load_adapter(
+    path: Path, base: str | None = None, device: torch.device | None = None, *, quantized: bool = True
+) -> LoadedAdapter:
     """Load an adapter and its base.
 
     Args:
         path: run directory or adapter folder.
         base: base model, where the one that the adapter names cannot be found.
         device: where the model shall be; None: on this machine's device. Quantised layers cannot all move later.
+        quantized: whether the base is quantised as it was in training, where it was.
 
     Raises:
         LoadError: something is missing or does not fit.
@@ -131,6 +134,7 @@ def load_adapter(path: Path, base: str | None = None, device: torch.device | Non
     """
     folder = adapter_folder(path)
     facts = read_facts(folder, base)
+    facts = facts if quantized else dataclasses.replace(facts, quantization=None)
     if facts.task not in TASKS:
         raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
     _require_own_virtual_tokens(folder, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,16 @@ def check_mergeable(path: Path, base: str | None, output: Path) -> None:
         raise RecipeError(f"--adapter: this adapter cannot be merged: {reason}")
 
 
+def check_shard_size(text: str) -> None:
+    """Refuse a size that is none.
+
+    Raises:
+        RecipeError: it is neither a number of bytes nor one with a unit.
+    """
+    if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
+        raise RecipeError(f"--max-shard-size: `{text}` is no size; write it as 500MB or 5GB")
+
+
 def read_before_loading(path: Path, base: str | None, output: Path) -> tuple[Path, AdapterFacts]:
     """The folder of an adapter and its facts; arguments and errors are those of `check_mergeable`."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -89,13 +100,13 @@ class Wanted:
 
     Attributes:
         output: folder of the merged model.
-        dtype: of its weights; `auto` is that of the base, or of those of its weights that are not quantised.
+        dtype: of its weights.
         max_shard_size: largest file of weights, as `5GB`.
         keep: where weights go that are computed on the way.
     """
 
     output: Path
-    dtype: str = "auto"
+    dtype: str
     max_shard_size: str = "5GB"
     keep: Keep = in_memory
 
@@ -117,28 +128,30 @@ def merge_adapter(loaded: LoadedAdapter, wanted: Wanted) -> dict[str, Any]:
         RecipeError: the adapter cannot be merged.
         CertificateError: the merged model gives other logits; nothing is left behind.
     """
-    dtype = _dtype_of_base(loaded) if wanted.dtype == "auto" else wanted.dtype
-    examples = own_probes(loaded)
+    dtype, examples = wanted.dtype, own_probes(loaded)
     reference = reference_logits(compute_in_float32(loaded.model, wanted.keep), loaded.runtime, examples)
     model = with_full_weights(loaded, wanted.keep) if loaded.is_quantized else loaded.model
     merged = folded(model, loaded.facts.method, wanted.keep)
     exact = largest_difference(reference, reference_logits(merged, loaded.runtime, examples))
     compared_in, tolerance = "float32", TOLERANCE[dtype]
     if exact > TOLERANCE["float32"] * scale_of(reference):
-        _require(exact, TOLERANCE["bfloat16"] * scale_of(reference), "merged")  # more than rounding makes of it
+        require(exact, TOLERANCE["bfloat16"] * scale_of(reference), "merged")  # more than rounding makes of it
         merged, exact = _merged_in_float64(loaded, examples, wanted.keep)
         compared_in, tolerance = "float64", max(tolerance, TOLERANCE["float16"])
-    _require(exact, TOLERANCE["float32"] * scale_of(reference), "merged")
+    require(exact, TOLERANCE["float32"] * scale_of(reference), "merged")
     with new_folder(wanted.output) as folder:
-        _save(folder, cast(merged, getattr(torch, dtype), wanted.keep), loaded, wanted.max_shard_size)
+        cast(merged, getattr(torch, dtype), wanted.keep).save_pretrained(folder, max_shard_size=wanted.max_shard_size)
+        copy_companions(folder, loaded)
         alone = _load_alone(folder, loaded, dtype)
         if other := _other_weights(merged, alone):
             raise CertificateError(f"weights are others when the merged model is loaded alone: {other[:3]}")
-        saved = largest_difference(reference, reference_logits(cast(alone, torch.float32, wanted.keep), loaded.runtime, examples))
+        saved = largest_difference(
+            reference, reference_logits(cast(alone, torch.float32, wanted.keep), loaded.runtime, examples)
+        )
         allowed = tolerance * scale_of(reference)
         if saved > allowed and dtype != "float32":
             allowed = max(allowed, 2 * _rounding(loaded, dtype, (examples, reference), wanted.keep))
-        _require(saved, allowed, f"saved ({dtype})")
+        require(saved, allowed, f"saved ({dtype})")
     found = {"output": str(wanted.output), "dtype": dtype, "max_abs_diff": exact, "compared_in": compared_in}
     return found | {"max_abs_diff_saved": saved, "tolerance": allowed}
 
@@ -156,9 +169,12 @@ def _merged_in_float64(loaded: LoadedAdapter, examples: Sequence[Example], keep:
     return merged, largest_difference(reference, reference_logits(merged, loaded.runtime, examples))
 
 
-def _save(folder: Path, merged: Any, loaded: LoadedAdapter, max_shard_size: str) -> None:
-    """Write the model with all that belongs to it; the tokenizer must read rows as it did in training."""
-    merged.save_pretrained(folder, max_shard_size=max_shard_size)
+def copy_companions(folder: Path, loaded: LoadedAdapter) -> None:
+    """Write what belongs to a model beside its weights; the tokenizer must read rows as it did in training.
+
+    Raises:
+        CertificateError: it does not.
+    """
     loaded.runtime.tokenizer.save_pretrained(folder)
     for name in ("generation_config.json", RENDERINGS):
         if (loaded.folder / name).is_file():
@@ -181,7 +197,7 @@ def _other_weights(merged: nn.Module, alone: nn.Module) -> list[str]:
     return [name for name, weight in alone.named_parameters() if not torch.equal(weight, own[name])]
 
 
-def _dtype_of_base(loaded: LoadedAdapter) -> str:
+def dtype_of_base(loaded: LoadedAdapter) -> str:
     """The dtype of the base's weights, or of those of them that are not quantised."""
     if loaded.is_quantized:
         model: Any = loaded.model
@@ -189,18 +205,21 @@ def _dtype_of_base(loaded: LoadedAdapter) -> str:
     return str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 
-def _rounding(
-    loaded: LoadedAdapter, dtype: str, proof: tuple[Sequence[Example], Sequence[torch.Tensor]], keep: Keep
-) -> float:
+def _rounding(loaded: LoadedAdapter, dtype: str, proof: tuple[Sequence[Example], Sequence[torch.Tensor]], keep: Keep) -> float:
     """How far base and adapter are from themselves when they compute in a dtype: mixtures may choose other experts."""
     examples, reference = proof
     model = cast(with_full_weights(loaded, keep), getattr(torch, dtype), keep)
     return largest_difference(reference, reference_logits(model, loaded.runtime, examples))
 
 
-def _require(difference: float, allowed: float, what: str) -> None:
+def require(difference: float, allowed: float, what: str, whose: str = "the adapter's") -> None:
+    """Raise where a model's logits differ from other ones by more than is allowed.
+
+    Raises:
+        CertificateError: they do.
+    """
     if not difference <= allowed:
         raise CertificateError(
-            f"the {what} model's logits differ from the adapter's by up to {difference:.3g} (allowed {allowed:.3g}); "
+            f"the {what} model's logits differ from {whose} by up to {difference:.3g} (allowed {allowed:.3g}); "
             "nothing was written"
         )

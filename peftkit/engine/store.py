@@ -196,7 +196,7 @@ def load_into(base: PreTrainedModel, folder: Path, method: str, missing: set[str
 
 
 def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Tensor], method: Method | None) -> nn.Module:
-    _resize_embeddings(base, in_file)
+    _resize_embeddings(base, folder, in_file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of here was settled before training
@@ -227,13 +227,24 @@ def _without_place(unexpected: set[str], state: dict[str, torch.Tensor]) -> list
     return sorted(name for name in unexpected if name not in state or not any(torch.equal(state[name], t) for t in used))
 
 
-def _resize_embeddings(base: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+def _resize_embeddings(base: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Give the base as many token embeddings as the adapter's file has: PEFT saves those that were resized before training."""
-    embedding = base.get_input_embeddings()
-    names = [f"base_model.model.{name}." for name, module in base.named_modules() if module is embedding]
-    rows = {len(t) for key, t in state.items() if key.endswith(".weight") and key.startswith(tuple(names))}
-    if len(rows) == 1 and rows != {len(embedding.weight)}:
-        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    rows = {len(tensor) for name, tensor in _tensors_of(base, embedding, state).items() if name.endswith(".weight")}
+    if len(rows) != 1 or rows == {len(embedding.weight)}:
+        return
+    if output is not None and not is_tied(base) and not _tensors_of(base, output, state):
+        raise LoadError(
+            f"{folder} was trained with {rows.pop()} tokens on a base of {len(embedding.weight)}, and has no weights of the "
+            "output layer for the new ones: they would be random. Save the resized base and name it with --base"
+        )
+    base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def _tensors_of(base: nn.Module, module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those tensors of an adapter that belong to a module of its base."""
+    names = tuple(f"base_model.model.{name}." for name, part in base.named_modules() if part is module)
+    return {name: tensor for name, tensor in state.items() if name.startswith(names)}
 
 
 def _match_dtypes(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
