@@ -92,6 +92,7 @@ def test_adapted_embeddings_are_merged(cli: Any, tmp_path: Path, fields: dict[st
         ({"trainable_token_indices": [300, 301, 302]}, True),
         ({"target_modules": ["embed_tokens", "q_proj"]}, True),
     ],
+    ids=["untouched", "untouched tied", "saved", "saved tied", "tokens", "tokens tied", "adapted tied"],
 )
 def test_tokens_that_were_added_before_training_are_in_the_merged_model(
     cli: Any, tmp_path: Path, fields: dict[str, Any], tied: bool

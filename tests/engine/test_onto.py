@@ -68,7 +68,7 @@ def test_onto_quantised_weights_is_a_quantised_model(run: Path, tmp_path: Path) 
     assert 1e-4 < found["distance"] < 1
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
-    assert kinds == {"Linear4bit" if model.is_loaded_in_4bit else "Linear8bitLt"}
+    assert kinds == {"Linear4bit" if getattr(model, "is_loaded_in_4bit", False) else "Linear8bitLt"}
     assert type(model.lm_head) is torch.nn.Linear
     assert (tmp_path / "merged/chat_template.jinja").is_file()
 
