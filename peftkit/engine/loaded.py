@@ -135,9 +135,7 @@ def load_adapter(
     folder = adapter_folder(path)
     facts = read_facts(folder, base)
     facts = facts if quantized else dataclasses.replace(facts, quantization=None)
-    if facts.task not in TASKS:
-        raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
-    _require_own_virtual_tokens(folder, facts)
+    _require_known(folder, facts)
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     source = dataclasses.replace(facts.base_model(folder), device=device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -187,8 +185,10 @@ def with_full_weights(loaded: LoadedAdapter, keep: Keep = in_memory) -> nn.Modul
     return cast(full, torch.float32, keep)
 
 
-def _require_own_virtual_tokens(folder: Path, facts: AdapterFacts) -> None:
-    """Raise where PEFT itself has trained virtual tokens with a head, which then reads them in place of the text's own."""
+def _require_known(folder: Path, facts: AdapterFacts) -> None:
+    """Raise for other tasks, and where PEFT itself has trained virtual tokens with a head, which reads them and not the text."""
+    if facts.task not in TASKS:
+        raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
     method = METHODS.get(facts.method)
     embedded = method is not None and method.virtual_tokens_in == "embeddings"
     if embedded and TASKS[facts.task].has_head and not (folder / FACTS).is_file():

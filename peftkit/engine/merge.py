@@ -31,6 +31,8 @@ from peftkit.run import new_folder
 from peftkit.tasks.base import Task
 from peftkit.tasks.example import Example, Runtime
 
+Proof = tuple[Sequence[Example], Sequence[torch.Tensor]]  # rows, and the logits of base and adapter
+
 
 def probe_examples(runtime: Runtime, task: Task, max_length: int) -> list[Example]:
     """Fixed rows for comparing two models of a task, cut where the model has no positions for more."""
@@ -63,9 +65,9 @@ def check_shard_size(text: str) -> None:
     """Refuse a size that is none.
 
     Raises:
-        RecipeError: it is neither a number of bytes nor one with a unit.
+        RecipeError: it is no whole number with a unit.
     """
-    if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text, re.IGNORECASE):
         raise RecipeError(f"--max-shard-size: `{text}` is no size; write it as 500MB or 5GB")
 
 
@@ -128,32 +130,38 @@ def merge_adapter(loaded: LoadedAdapter, wanted: Wanted) -> dict[str, Any]:
         RecipeError: the adapter cannot be merged.
         CertificateError: the merged model gives other logits; nothing is left behind.
     """
-    dtype, examples = wanted.dtype, own_probes(loaded)
+    examples = own_probes(loaded)
     reference = reference_logits(compute_in_float32(loaded.model, wanted.keep), loaded.runtime, examples)
     model = with_full_weights(loaded, wanted.keep) if loaded.is_quantized else loaded.model
     merged = folded(model, loaded.facts.method, wanted.keep)
     exact = largest_difference(reference, reference_logits(merged, loaded.runtime, examples))
-    compared_in, tolerance = "float32", TOLERANCE[dtype]
+    compared_in, tolerance = "float32", TOLERANCE[wanted.dtype]
     if exact > TOLERANCE["float32"] * scale_of(reference):
         require(exact, TOLERANCE["bfloat16"] * scale_of(reference), "merged")  # more than rounding makes of it
         merged, exact = _merged_in_float64(loaded, examples, wanted.keep)
         compared_in, tolerance = "float64", max(tolerance, TOLERANCE["float16"])
     require(exact, TOLERANCE["float32"] * scale_of(reference), "merged")
+    saved, allowed = _write(merged, loaded, wanted, (examples, reference), tolerance)
+    found = {"output": str(wanted.output), "dtype": wanted.dtype, "max_abs_diff": exact, "compared_in": compared_in}
+    return found | {"max_abs_diff_saved": saved, "tolerance": allowed}
+
+
+def _write(merged: Any, loaded: LoadedAdapter, wanted: Wanted, proof: Proof, tolerance: float) -> tuple[float, float]:
+    """Write the merged model, if it loads alone as what it is; its difference from the proof's logits, and what is allowed."""
+    (examples, reference), dtype = proof, wanted.dtype
     with new_folder(wanted.output) as folder:
         cast(merged, getattr(torch, dtype), wanted.keep).save_pretrained(folder, max_shard_size=wanted.max_shard_size)
         copy_companions(folder, loaded)
         alone = _load_alone(folder, loaded, dtype)
         if other := _other_weights(merged, alone):
             raise CertificateError(f"weights are others when the merged model is loaded alone: {other[:3]}")
-        saved = largest_difference(
-            reference, reference_logits(cast(alone, torch.float32, wanted.keep), loaded.runtime, examples)
-        )
+        cast(alone, torch.float32, wanted.keep)
+        saved = largest_difference(reference, reference_logits(alone, loaded.runtime, examples))
         allowed = tolerance * scale_of(reference)
         if saved > allowed and dtype != "float32":
-            allowed = max(allowed, 2 * _rounding(loaded, dtype, (examples, reference), wanted.keep))
+            allowed = max(allowed, 2 * _rounding(loaded, dtype, proof, wanted.keep))
         require(saved, allowed, f"saved ({dtype})")
-    found = {"output": str(wanted.output), "dtype": dtype, "max_abs_diff": exact, "compared_in": compared_in}
-    return found | {"max_abs_diff_saved": saved, "tolerance": allowed}
+    return saved, allowed
 
 
 def own_probes(loaded: LoadedAdapter) -> list[Example]:

@@ -136,7 +136,7 @@ def test_the_merged_model_is_written_in_shards_with_an_index(cli: Any, tmp_path:
     assert (tmp_path / "merged/model.safetensors.index.json").is_file()
 
 
-@pytest.mark.parametrize("size", ["0GB", "5 apples", "-1"])
+@pytest.mark.parametrize("size", ["0GB", "5 apples", "-1GB", "5"])
 def test_a_shard_size_that_is_none_is_refused(cli: Any, tmp_path: Path, size: str) -> None:
     result = cli("merge", "--adapter", tmp_path, "--output", tmp_path / "merged", f"--max-shard-size={size}")
     assert (result.code, f"--max-shard-size: `{size}` is no size" in result.err) == (2, True)

@@ -72,6 +72,5 @@ def peak_of_merging(way: str, adapter: Path, output: Path) -> float:
 def test_a_merge_holds_a_layer_and_the_adapter_in_memory(adapter: Path, tmp_path: Path) -> None:
     found = peak_of_merging("files", adapter, tmp_path / "merged")
     whole = peak_of_merging("whole", adapter, tmp_path / "again")  # or the limit would prove nothing
-    print(f"{found:.0f} MiB, and {whole:.0f} MiB with the whole model in memory")
     assert found < LIMIT_MIB < whole
     assert (tmp_path / "merged/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
