@@ -202,7 +202,7 @@ def _load_alone(folder: Path, loaded: LoadedAdapter, dtype: str) -> PreTrainedMo
 def _other_weights(merged: nn.Module, alone: nn.Module) -> list[str]:
     """Names of weights that are not the same, bit by bit, in two models of a class."""
     own = dict(merged.named_parameters(remove_duplicate=False))
-    return [name for name, weight in alone.named_parameters() if not torch.equal(weight, own[name])]
+    return [name for name, weight in alone.named_parameters() if name not in own or not torch.equal(weight, own[name])]
 
 
 def dtype_of_base(loaded: LoadedAdapter) -> str:
@@ -213,7 +213,7 @@ def dtype_of_base(loaded: LoadedAdapter) -> str:
     return str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 
-def _rounding(loaded: LoadedAdapter, dtype: str, proof: tuple[Sequence[Example], Sequence[torch.Tensor]], keep: Keep) -> float:
+def _rounding(loaded: LoadedAdapter, dtype: str, proof: Proof, keep: Keep) -> float:
     """How far base and adapter are from themselves when they compute in a dtype: mixtures may choose other experts."""
     examples, reference = proof
     model = cast(with_full_weights(loaded, keep), getattr(torch, dtype), keep)
