@@ -186,7 +186,7 @@ def with_full_weights(loaded: LoadedAdapter, keep: Keep = in_memory) -> nn.Modul
 
 
 def _require_known(folder: Path, facts: AdapterFacts) -> None:
-    """Raise for other tasks, and where PEFT itself trained virtual tokens with a head, which reads them in place of the text."""
+    """Raise for other tasks, and where PEFT itself trained virtual tokens with a head, which then reads them as text."""
     if facts.task not in TASKS:
         raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
     method = METHODS.get(facts.method)

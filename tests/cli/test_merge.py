@@ -205,6 +205,17 @@ def test_a_merge_that_is_wrong_is_refused_and_leaves_nothing(
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(("rounding", "code"), [(0.0, 6), (1.0, 0)])
+def test_16_bits_may_move_logits_as_much_as_they_move_the_adapters_own(
+    cli: Any, lm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: float, code: int
+) -> None:
+    monkeypatch.setitem(TOLERANCE, "bfloat16", 1e-6)
+    monkeypatch.setattr("peftkit.engine.merge._rounding", lambda *arguments: rounding)
+    result = cli("merge", "--adapter", lm_run, "--output", tmp_path / "merged", "--dtype", "bfloat16")
+    assert (result.code, (tmp_path / "merged").exists()) == (code, not code), result.err
+    assert ("the saved (bfloat16; float32 rounds least) model's logits differ" in result.err) == bool(code)
+
+
 def test_a_model_that_float32_is_too_coarse_for_is_compared_in_float64(
     cli: Any, lm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
