@@ -17,6 +17,8 @@ from peftkit.cli.options import (
     GenerationMetrics,
     Harness,
     HarnessInclude,
+    Onto,
+    OriginalBase,
     names_of,
 )
 
@@ -87,10 +89,14 @@ def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
     command.infer(adapter, base, question, settings=settings, batch_size=batch_size, as_json=as_json)
 
 
-def merge(
+def merge(  # noqa: PLR0913, PLR0917 - one parameter per option
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="Folder of the merged model.")],
     dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16 | float16")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
+    onto: Onto = None,
+    original_base: OriginalBase = None,
+    data: Annotated[Path | None, typer.Option(help="Rows that `--onto best` decides by.")] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
@@ -98,14 +104,16 @@ def merge(
     from peftkit import console
     from peftkit.commands import merge as command
 
-    result = command.merge(adapter, base, output, dtype)
+    result = command.merge(command.Request(adapter, output, base, dtype, max_shard_size, onto, original_base, data))
     console.print_json(result) if as_json else command.print_merge(result)
 
 
-def convert(
+def convert(  # noqa: PLR0913, PLR0917 - one parameter per option
     adapter: Adapter,
     output: Annotated[Path, typer.Option(help="Folder of the LoRA adapter.")],
     rank: Annotated[float, typer.Option(help="Rank, or below 1 the share of the update's energy to keep.")] = 0.99,
+    data: Annotated[Path | None, typer.Option(help="Rows to measure both adapters on.")] = None,
+    to: Annotated[str, typer.Option(help="lora, the one method that others can be turned into.")] = "lora",
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
@@ -113,5 +121,5 @@ def convert(
     from peftkit import console
     from peftkit.commands import convert as command
 
-    result = command.convert(adapter, base, output, rank)
+    result = command.convert(command.Request(adapter, output, base, rank, data, to))
     console.print_json(result) if as_json else command.print_conversion(result)

@@ -40,6 +40,17 @@ Forgetting = Annotated[
 Harness = Annotated[
     str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, for adapter and base: arc_easy,piqa.")
 ]
+# Of `merge`.
+Onto = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WEIGHTS",
+        help="Of a quantised base: dequantized, those that it stands for (the default) | original | quantized | best",
+    ),
+]
+OriginalBase = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The unquantised base, where the adapter does not name it.")
+]
 HarnessInclude = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder with further tasks of it.")]
 
 

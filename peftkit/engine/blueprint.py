@@ -140,8 +140,8 @@ def _notes(plan: Plan, adapted: nn.Module, tied: bool, missing: set[str]) -> lis
         hit = [name for name in targeted if name.rpartition(".")[2] in embeddings]
         if hit:
             notes.append(
-                f"{', '.join(hit)} is tied to another embedding: the adapter works, but merging it would be wrong; "
-                "`modules_to_save` or `trainable_token_indices` can be merged"
+                f"{', '.join(hit)} is tied to another embedding, which is not adapted: the merged model will have "
+                "one more matrix of that size; `trainable_token_indices` keeps the two tied"
             )
     if missing:
         notes.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from peftkit.engine.adapter import adapter_state
 from peftkit.engine.certify import largest_difference, reference_logits, scale_of
 from peftkit.engine.facts import FACTS, TENSORS
 from peftkit.engine.loaded import LoadedAdapter, with_full_weights
-from peftkit.engine.merge import probe_examples, read_before_loading, stored_layers
+from peftkit.engine.merge import own_probes, read_before_loading, stored_layers
 from peftkit.engine.model import load_base_model, set_pad_token
 from peftkit.engine.quantized import compute_in_float32
 from peftkit.engine.store import load_into
@@ -69,7 +68,7 @@ def convert_adapter(loaded: LoadedAdapter, output: Path, rank: float) -> dict[st
         RecipeError: the adapter cannot be converted.
     """
     model: Any = compute_in_float32(loaded.model)
-    examples = probe_examples(loaded.runtime, loaded.task, loaded.position_limit or sys.maxsize)
+    examples = own_probes(loaded)
     reference = reference_logits(model, loaded.runtime, examples)
     if loaded.is_quantized:
         model = with_full_weights(loaded)

@@ -120,7 +120,8 @@ def memory_text(what: str, remedies: Sequence[str]) -> str:
 
 def rebuilding_text(what: str) -> str:
     """The same where an adapter becomes another model, on the CPU."""
-    return memory_text(what, ["a machine with more memory: the base is held twice in float32, 8 bytes a parameter"])
+    held = "the adapter and the largest layer in float32, and the whole of a base that is quantised or has random weights"
+    return memory_text(what, [f"a machine with more memory: it must hold {held}"])
 
 
 def answering_remedies(batch_size: int) -> list[str]:

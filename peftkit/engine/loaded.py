@@ -16,6 +16,7 @@ from torch import nn
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast, process_device
+from peftkit.engine.in_files import Keep, cast, in_memory
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import bitsandbytes_layers, dequantized
@@ -116,13 +117,16 @@ def adapter_folder(path: Path) -> Path:
     return path
 
 
-def load_adapter(path: Path, base: str | None = None, device: torch.device | None = None) -> LoadedAdapter:
+def load_adapter(
+    path: Path, base: str | None = None, device: torch.device | None = None, *, quantized: bool = True
+) -> LoadedAdapter:
     """Load an adapter and its base.
 
     Args:
         path: run directory or adapter folder.
         base: base model, where the one that the adapter names cannot be found.
         device: where the model shall be; None: on this machine's device. Quantised layers cannot all move later.
+        quantized: whether the base is quantised as it was in training, where it was.
 
     Raises:
         LoadError: something is missing or does not fit.
@@ -130,9 +134,8 @@ def load_adapter(path: Path, base: str | None = None, device: torch.device | Non
     """
     folder = adapter_folder(path)
     facts = read_facts(folder, base)
-    if facts.task not in TASKS:
-        raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
-    _require_own_virtual_tokens(folder, facts)
+    facts = facts if quantized else dataclasses.replace(facts, quantization=None)
+    _require_known(folder, facts)
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     source = dataclasses.replace(facts.base_model(folder), device=device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -173,16 +176,19 @@ def is_switchable(loaded: LoadedAdapter) -> bool:
     return isinstance(loaded.model, AdaptedModel) and not (loaded.folder / HEAD).is_file()
 
 
-def with_full_weights(loaded: LoadedAdapter) -> nn.Module:
-    """The same adapter on the weights that its quantised base stands for, freshly loaded, on the CPU in float32."""
+def with_full_weights(loaded: LoadedAdapter, keep: Keep = in_memory) -> nn.Module:
+    """The same adapter on the weights that its base stands for, freshly loaded, on the CPU in float32."""
     source = dataclasses.replace(loaded.facts.base_model(loaded.folder), device=CPU)
     base, missing = load_base_model(source, loaded.runtime.settings)
     set_pad_token(base, loaded.runtime.tokenizer)
-    return load_into(dequantized(base), loaded.folder, loaded.facts.method, missing).float()
+    full = load_into(dequantized(base, keep), loaded.folder, loaded.facts.method, missing)
+    return cast(full, torch.float32, keep)
 
 
-def _require_own_virtual_tokens(folder: Path, facts: AdapterFacts) -> None:
-    """Raise where PEFT itself has trained virtual tokens with a head, which then reads them in place of the text's own."""
+def _require_known(folder: Path, facts: AdapterFacts) -> None:
+    """Raise for other tasks, and where PEFT itself trained virtual tokens with a head, which then reads them as text."""
+    if facts.task not in TASKS:
+        raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
     method = METHODS.get(facts.method)
     embedded = method is not None and method.virtual_tokens_in == "embeddings"
     if embedded and TASKS[facts.task].has_head and not (folder / FACTS).is_file():

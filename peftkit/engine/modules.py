@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftkit.engine.in_files import Keep, in_memory
 from peftkit.errors import LoadError
 from peftkit.tasks.base import Task
 
@@ -59,12 +60,12 @@ def linearised(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def with_conv1d(model: nn.Module) -> nn.Module:
-    """`linearised` undone, so that the model has the names and shapes of its class again."""
+def with_conv1d(model: nn.Module, keep: Keep = in_memory) -> nn.Module:
+    """`linearised` undone, so that the model has the names and shapes of its class again; `keep` says where weights go."""
     for name, old in list(model.named_modules()):
         if getattr(old, "was_conv1d", False):
             new = Conv1D(old.out_features, old.in_features)
-            new.weight, new.bias = nn.Parameter(old.weight.detach().t().contiguous()), old.bias
+            new.weight, new.bias = nn.Parameter(keep(old.weight.detach().t().contiguous())), old.bias
             _replace(model, name, new)
     return model
 

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.engine.hardware import quantizing_device
+from peftkit.engine.in_files import Keep, cast, in_memory
 from peftkit.errors import LoadError
 from peftkit.recipe.quantization import Quantization
 
@@ -132,10 +133,14 @@ def is_skipped(name: str, quantization: Quantization) -> bool:
     return any(f"{name}.".startswith(f"{skipped}.") for skipped in quantization.skip_modules)
 
 
-def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+def dequantized(model: PreTrainedModel, keep: Keep = in_memory) -> PreTrainedModel:
     """The model with plain linear layers of the weights that its quantised ones stand for, these in float32, in place.
 
     It knows nothing of having been quantised: saved, it is a model like any other.
+
+    Args:
+        model: the model.
+        keep: where the weights go.
 
     Raises:
         LoadError: there are quantised layers whose weights cannot be read.
@@ -146,7 +151,7 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
             continue
         outputs, inputs = weight.shape
         plain = nn.Linear(inputs, outputs, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+        plain.weight = nn.Parameter(keep(weight.float()), requires_grad=False)
         if module.bias is not None:  # HQQ's is no parameter
             plain.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
         if getattr(module, "source_cls", None) is Conv1D or getattr(module, "was_conv1d", False):
@@ -212,7 +217,7 @@ def _hqq_in_float32(layer: Any) -> Any:
     return layer
 
 
-def compute_in_float32(model: nn.Module) -> nn.Module:
+def compute_in_float32(model: nn.Module, keep: Keep = in_memory) -> nn.Module:
     """The model with every product in float32, and no rounding of inputs where that can be had: what a merge is measured by."""
     packed = set()
     for layer in bitsandbytes_layers(model):
@@ -224,11 +229,4 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module).__name__ == "HQQLinear":
             _hqq_in_float32(module)
-    for parameter in model.parameters():
-        # weights packed in a floating type are bits, not numbers
-        if parameter.is_floating_point() and id(parameter) not in packed:
-            parameter.data = parameter.data.float()
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.float()
-    return model
+    return cast(model, torch.float32, keep, packed)  # weights packed in a floating type are bits, not numbers

@@ -196,6 +196,7 @@ def load_into(base: PreTrainedModel, folder: Path, method: str, missing: set[str
 
 
 def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Tensor], method: Method | None) -> nn.Module:
+    _resize_embeddings(base, folder, in_file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of here was settled before training
@@ -209,7 +210,7 @@ def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Ten
         if missing := sorted(adapter_state(model).keys() - in_file.keys()):
             raise LoadError(f"the adapter {folder} does not fit {type(base).__name__}: it lacks {', '.join(missing[:3])}")
         found = model.load_adapter(str(folder), "default", torch_device="cpu")  # its tensors are copied to where the base is
-        unexpected = sorted(set(found.unexpected_keys) - _PROMPT_TENSORS)
+        unexpected = _without_place(set(found.unexpected_keys) - _PROMPT_TENSORS, in_file)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise_if_exhausted(error)
         raise LoadError(f"the adapter {folder} cannot be loaded onto {type(base).__name__}: {error}") from error
@@ -218,6 +219,32 @@ def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Ten
             f"the adapter {folder} does not fit {type(base).__name__}: it has no place for {', '.join(unexpected[:3])}"
         )
     return model.eval()
+
+
+def _without_place(unexpected: set[str], state: dict[str, torch.Tensor]) -> list[str]:
+    """Those of the names whose tensors the model has not; PEFT saves resized embeddings under two names each (0.21)."""
+    used = [tensor for name, tensor in state.items() if name not in unexpected]
+    return sorted(name for name in unexpected if name not in state or not any(torch.equal(state[name], t) for t in used))
+
+
+def _resize_embeddings(base: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Give the base as many token embeddings as the adapter's file has: PEFT saves those that were resized before training."""
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    rows = {len(tensor) for name, tensor in _tensors_of(base, embedding, state).items() if name.endswith(".weight")}
+    if len(rows) != 1 or rows == {len(embedding.weight)}:
+        return
+    if output is not None and not is_tied(base) and not _tensors_of(base, output, state):
+        raise LoadError(
+            f"{folder} was trained with {rows.pop()} tokens on a base of {len(embedding.weight)}, and has no weights of the "
+            "output layer for the new ones: they would be random. Save the resized base and name it with --base"
+        )
+    base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def _tensors_of(base: nn.Module, module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those tensors of an adapter that belong to a module of its base."""
+    names = tuple(f"base_model.model.{name}." for name, part in base.named_modules() if part is module)
+    return {name: tensor for name, tensor in state.items() if name.startswith(names)}
 
 
 def _match_dtypes(model: PeftModel, state: dict[str, torch.Tensor]) -> None:

@@ -13,6 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from peftkit.engine import fold
+from peftkit.engine.certify import TOLERANCE
 from peftkit.recipe.quantization import Quantization
 from tests.conftest import instruction_rows, label_rows, tiny_tokenizer
 from tests.runs import tiny_recipe, train
@@ -170,7 +172,7 @@ def test_lora_biases_without_a_bias_to_merge_into_are_refused(cli: Any, models_d
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapted_embedding_that_is_tied_to_the_output_fails_its_certificate(
+def test_an_adapted_embedding_that_is_tied_to_the_output_is_merged_into_an_untied_model(
     cli: Any, models_dir: Path, tmp_path: Path
 ) -> None:
     config = transformers.AutoConfig.from_pretrained(models_dir / "llama", tie_word_embeddings=True)
@@ -182,10 +184,48 @@ def test_an_adapted_embedding_that_is_tied_to_the_output_fails_its_certificate(
     notes = cli("plan", recipe, "--json").json["notes"]
     assert any("embed_tokens is tied to another embedding" in note for note in notes)
     train(recipe, tmp_path / "run")
-    result = cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
-    assert result.code == 6
-    assert "Adapted embeddings that are tied to the output layer are a known cause" in result.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "rows.jsonl", "run", "tied"]
+    merge(cli, tmp_path / "run", tmp_path / "merged")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+
+
+def test_a_merge_that_is_wrong_is_refused_and_leaves_nothing(
+    cli: Any, lm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fold._plain
+
+    def wrong(*arguments: Any) -> Any:
+        layer = right(*arguments)
+        layer.weight.data = layer.weight.data * 1.001
+        return layer
+
+    monkeypatch.setattr(fold, "_plain", wrong)
+    result = cli("merge", "--adapter", lm_run, "--output", tmp_path / "out" / "merged")
+    assert (result.code, "merged model's logits differ from the adapter's by up to" in result.err) == (6, True)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("rounding", "code"), [(0.0, 6), (1.0, 0)])
+def test_16_bits_may_move_logits_as_much_as_they_move_the_adapters_own(
+    cli: Any, lm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: float, code: int
+) -> None:
+    monkeypatch.setitem(TOLERANCE, "bfloat16", 1e-6)
+    monkeypatch.setattr("peftkit.engine.merge._rounding", lambda *arguments: rounding)
+    result = cli("merge", "--adapter", lm_run, "--output", tmp_path / "merged", "--dtype", "bfloat16")
+    assert (result.code, (tmp_path / "merged").exists()) == (code, not code), result.err
+    assert ("the saved (bfloat16; float32 rounds least) model's logits differ" in result.err) == bool(code)
+
+
+def test_a_model_that_float32_is_too_coarse_for_is_compared_in_float64(
+    cli: Any, lm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = merge(cli, lm_run, tmp_path / "first")
+    assert found["compared_in"] == "float32"
+    monkeypatch.setitem(TOLERANCE, "float32", found["max_abs_diff"] / 10 / max(1.0, found["tolerance"] / 1e-4))
+    result = cli("merge", "--adapter", lm_run, "--output", tmp_path / "second", "--json")
+    assert (result.code, result.json["compared_in"]) == (0, "float64"), result.err
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-6) for name in weights[0])
 
 
 def test_the_merged_folder_has_tokenizer_template_and_generation_settings(cli: Any, lm_run: Path, tmp_path: Path) -> None:

@@ -210,16 +210,6 @@ def test_a_merged_loha_on_gpt2_is_a_plain_gpt2(tiny: Any, tmp_path: Path) -> Non
     assert not torch.allclose(base(ids).logits, plain(ids).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("embedding", ["embed_tokens", "lm_head"])
-def test_lora_on_a_tied_embedding_is_never_merged_wrongly(tiny: Any, tmp_path: Path, embedding: str) -> None:
-    model = tiny("llama", tie_word_embeddings=True)
-    trained(tmp_path, "CAUSAL_LM", model, {"method": "lora", "target_modules": [embedding, "q_proj"]})
-    result = run_cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
-    assert result.code == 6
-    assert "tied to the output layer" in result.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "rows.jsonl", "run"]
-
-
 @pytest.mark.parametrize(
     "adapter",
     [

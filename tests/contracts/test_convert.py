@@ -37,6 +37,18 @@ def test_an_adapter_of_full_rank_is_converted_nearly_exactly(models_dir: Path, t
         assert answered.code == 0, answered.err
 
 
+def test_rows_measure_the_adapter_before_and_after(models_dir: Path, tmp_path: Path) -> None:
+    run = trained(models_dir, tmp_path, "SEQ_CLS", "loha")
+    result = run_cli("convert", "--adapter", run, "--output", tmp_path / "lora", "--data", tmp_path / "rows.jsonl", "--json")
+    before, after = (result.json[f"metrics_{when}"] for when in ("before", "after"))
+    assert result.json["num_rows"] == 21
+    assert before["loss"] != after["loss"] == pytest.approx(before["loss"], abs=0.1)
+    again = run_cli("evaluate", tmp_path / "lora", "--data", tmp_path / "rows.jsonl", "--json").json["metrics"]
+    assert after["loss"] == pytest.approx(again["loss"], abs=1e-6)
+    refused = run_cli("convert", "--adapter", run, "--output", tmp_path / "no", "--to", "ia3")
+    assert (refused.code, "--to: `ia3` is not allowed" in refused.err) == (2, True)
+
+
 @pytest.mark.parametrize("method", ["ia3", "prompt_tuning", "bitfit"])
 def test_what_cannot_be_converted_is_refused_with_what_can(models_dir: Path, tmp_path: Path, method: str) -> None:
     run = trained(models_dir, tmp_path, "SEQ_CLS", method)
