@@ -15,10 +15,11 @@ from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from peftkit.adapters import adapter_folder
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
 from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.guard import raise_if_exhausted
-from peftkit.engine.loaded import LoadedAdapter, adapter_folder, with_full_weights
+from peftkit.engine.loaded import LoadedAdapter, with_full_weights
 from peftkit.engine.model import Base, first_line, load_base_model, load_config, read_tokenizer, set_pad_token
 from peftkit.engine.modules import with_conv1d
 from peftkit.engine.parity import RENDERINGS, check_renderings
