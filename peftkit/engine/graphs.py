@@ -6,9 +6,11 @@ prompt (with an empty past) and every further token.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftkit.engine.adapted import KEYS_AND_VALUES, AdaptedModel
+from peftkit.engine.adapter import base_of_adapted
 from peftkit.errors import RecipeError
 from peftkit.tasks.example import Batch, Runtime
 
@@ -95,9 +98,9 @@ class _SinglePass(nn.Module):
 class _Decoder(nn.Module):
     """Logits and the keys and values of all tokens, from new tokens and those of the tokens before."""
 
-    def __init__(self, model: nn.Module, prefix: Layers, *, cached: bool = True) -> None:
+    def __init__(self, model: nn.Module, prefix: Layers) -> None:
         super().__init__()
-        self.model, self.prefix, self.cached = model, prefix, cached
+        self.model, self.prefix = model, prefix
 
     def forward(self, past_key_values: Layers | None = None, **inputs: torch.Tensor) -> dict[str, Any]:
         """Logits (B, T, V), and the layers without their prefix."""
@@ -108,7 +111,8 @@ class _Decoder(nn.Module):
         if past_key_values is None:
             return {"logits": self.model(**inputs, use_cache=False).logits.float()}
         cache = _cache(_behind(self.prefix, past_key_values))
-        output = self.model(**inputs, past_key_values=cache, use_cache=True)
+        with _without_prompts(self.model, self.prefix):
+            output = self.model(**inputs, past_key_values=cache, use_cache=True)
         return {"logits": output.logits.float(), "present": _layers(output.past_key_values, num_tokens)}
 
 
@@ -126,7 +130,7 @@ def _decoder(model: nn.Module, example: Batch) -> Graph:
 def _decoder_without_cache(model: nn.Module, example: Batch) -> Graph:
     inputs = _token_inputs(model, example["input_ids"][:2, :5], num_past=0)
     axes = {name: {0: BATCH, 1: LENGTH} for name in inputs}
-    return Graph("model", _Decoder(model, [], cached=False), inputs, axes)
+    return Graph("model", _Decoder(model, []), inputs, axes)
 
 
 def _token_inputs(model: nn.Module, ids: torch.Tensor, *, num_past: int) -> dict[str, torch.Tensor]:
@@ -169,7 +173,8 @@ class _FirstDecoder(nn.Module):
         """Logits (B, T, V), and of each layer keys and values of both stacks."""
         own = [{name: part.expand(input_ids.shape[0], -1, -1, -1) for name, part in layer.items()} for layer in self.prefix]
         cache = EncoderDecoderCache(_cache(own), DynamicCache())
-        output = _answer(self.model, encoder_attention_mask, input_ids, encoder_hidden_states, cache)
+        with _without_prompts(self.model, self.prefix):
+            output = _answer(self.model, encoder_attention_mask, input_ids, encoder_hidden_states, cache)
         num_tokens = _num_tokens(self.prefix)
         own, cross = _layers(output.past_key_values.self_attention_cache, num_tokens), _layers(cache.cross_attention_cache, 0)
         present = [{"decoder": one, "encoder": other} for one, other in zip(own, cross, strict=True)]
@@ -193,16 +198,15 @@ class _NextDecoder(nn.Module):
         keys = cross[0]["key"]
         # Its length alone is read, for the mask: the keys and values are there already.
         states = keys.new_zeros(keys.shape[0], keys.shape[2], _base(self.model).config.hidden_size)
-        output = _answer(self.model, encoder_attention_mask, input_ids, states, cache)
+        with _without_prompts(self.model, self.prefix):
+            output = _answer(self.model, encoder_attention_mask, input_ids, states, cache)
         own = _layers(output.past_key_values.self_attention_cache, _num_tokens(self.prefix))
         return {"logits": output.logits.float(), "present": [{"decoder": layer} for layer in own]}
 
 
 def _answer(model: nn.Module, mask: torch.Tensor, ids: torch.Tensor, states: torch.Tensor, cache: Cache) -> Any:
     encoded = BaseModelOutput(last_hidden_state=states)
-    return model(
-        attention_mask=mask, encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, use_cache=True
-    )
+    return model(attention_mask=mask, encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
 
 
 def _decoders(model: nn.Module, example: Batch) -> list[Graph]:
@@ -241,8 +245,7 @@ def _decoders(model: nn.Module, example: Batch) -> list[Graph]:
 
 
 def _base(model: nn.Module) -> Any:
-    """The transformers model inside one with a PEFT adapter."""
-    return model.get_base_model() if isinstance(model, AdaptedModel) else model
+    return base_of_adapted(model)
 
 
 def _empty_layers(model: nn.Module) -> Layers:
@@ -278,9 +281,25 @@ def _behind(prefix: Layers, layers: Layers) -> Layers:
     if not prefix:
         return layers
     return [
-        {name: torch.cat([front[name].expand(part.shape[0], -1, -1, -1), part], dim=2) for name, part in layer.items()}
+        {
+            name: torch.cat([front[name].to(part.dtype).expand(part.shape[0], -1, -1, -1), part], dim=2)
+            for name, part in layer.items()
+        }
         for front, layer in zip(prefix, layers, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _without_prompts(model: Any, prefix: Layers) -> Iterator[None]:
+    """Let the adapter put in no virtual tokens where a prefix stands for them, for as long as the context lasts."""
+    if not prefix:
+        yield
+        return
+    model.prompts_off = True
+    try:
+        yield
+    finally:
+        model.prompts_off = False
 
 
 def _num_tokens(prefix: Layers) -> int:
@@ -300,17 +319,18 @@ def _prefix(model: nn.Module) -> Layers:
     num_tokens = model.active_peft_config.num_virtual_tokens
     with torch.no_grad():
         prompt = model.get_prompt(1, model.tasks_of(1))
-        model.prompts_off = True
         if in_cache:
             return [{name: part.clone() for name, part in layer.items()} for layer in _layers(prompt, 0)]
         mask = torch.ones(1, num_tokens, dtype=torch.long)
+        model.prompts_off = True
         output = _base(model)(inputs_embeds=prompt[:, :num_tokens], attention_mask=mask, use_cache=True)
+        model.prompts_off = False
     return _layers(output.past_key_values, 0)
 
 
-def half(graph: Graph) -> Graph:
-    """The same in float16, the logits aside."""
-    return dataclasses.replace(graph, module=graph.module.half())
+def in_float16(graph: Graph) -> Graph:
+    """The same in float16, the outputs aside that are no keys and values."""
+    return dataclasses.replace(graph, module=copy.deepcopy(graph.module).half())
 
 
 def examples_batch(runtime: Runtime, examples: Sequence[Any]) -> Batch:
