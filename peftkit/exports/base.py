@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,16 @@ class Material(Protocol):
     """What a writer works on; `peftkit.engine.exporting` makes one for all targets of a command."""
 
     subject: Subject
+    work_dir: Path  # for files in between; removed at the end of the command
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest input in tokens that the model has positions for."""
+        ...
+
+    def base_dir(self) -> Path | None:
+        """Folder of the base model, with its weights; None where it is not on this machine."""
+        ...
 
     @property
     def runtime(self) -> Runtime:
@@ -98,6 +109,10 @@ class Material(Protocol):
         """Tensors that the task's forward gives for these rows, in float32; kept."""
         ...
 
+    def logits_of(self, folder: Path) -> list[Any]:
+        """The same for an adapter folder that was written, on a fresh base."""
+        ...
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Exporter:
@@ -111,6 +126,7 @@ class Exporter:
             a model is at hand.
         tasks: task types that it takes.
         lint: what the target would say of the subject under these options.
+        launch: the words of the command that serves the folder, which they call `$here`; None where none is written.
         requires: Python packages that it needs beyond ours: import name -> what `pip install` calls it.
     """
 
@@ -120,6 +136,7 @@ class Exporter:
     module: str
     tasks: Sequence[str] = EVERY_TASK
     lint: Callable[[Subject, Any], Iterator[Finding]] = lambda subject, options: iter(())
+    launch: Callable[[Subject, Any], list[str]] | None = None
     requires: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def form(self, options: Section) -> Form:
@@ -137,6 +154,11 @@ class Exporter:
         if self.form(options) == "merged":
             found += [Finding(True, f"it cannot be merged: {reason}") for reason in subject.why_not_merged()]
         return found + list(self.lint(subject, options))
+
+    def command(self, subject: Subject, options: Section) -> str:
+        """The command that serves the folder, for a shell in which `here` is set; empty where there is none."""
+        words = self.launch(subject, options) if self.launch else []
+        return " ".join(f'"{word}"' if "$here" in word else shlex.quote(word) for word in words)
 
     def write(self, material: Material, options: Section, folder: Path) -> None:
         """Write what the target reads."""
