@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
-from peftkit.exports.jobs import Job, make_jobs, refuse, require_new
+from peftkit.exports.jobs import LAUNCH, Job, make_jobs, refuse, require_new
 from peftkit.exports.subject import read_subject
 
 
@@ -72,6 +72,8 @@ def print_exports(result: dict[str, Any]) -> None:
             console.print_text(f"  note: {finding['what']}" + (f"; {finding['remedy']}" if finding["remedy"] else ""))
         check = record["check"]
         console.print_text(f"  {check['client']}: {check['detail']}" if check["client"] else f"  {check['detail']}")
+        if record["launch"]:
+            console.print_text(f"  sh {record['output']}/{LAUNCH}: {record['launch'].replace('$here', record['output'])}")
 
 
 def _print_findings(jobs: Sequence[Job]) -> None:

@@ -13,21 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
 import peftkit
 from peftkit.engine.certify import reference_logits
+from peftkit.engine.data import encode_rows
 from peftkit.engine.loaded import CPU, LoadedAdapter, load_adapter
 from peftkit.engine.merge import check_mergeable, merge_adapter, probe_examples
 from peftkit.engine.model import Base, load_base_model, load_config, meta_model, read_tokenizer, set_pad_token
 from peftkit.engine.modules import head_modules
 from peftkit.engine.quantized import compute_in_float32
+from peftkit.engine.rows import RowReader
+from peftkit.engine.sources import sound_rows
 from peftkit.errors import CertificateError
 from peftkit.exports.base import Check, Dtype, Form
-from peftkit.exports.jobs import RECORD, Job
+from peftkit.exports.jobs import LAUNCH, RECORD, Job
 from peftkit.exports.subject import Subject
 from peftkit.recipe.quantization import Quantization, stored_quantization
-from peftkit.run import new_folder, write_json
+from peftkit.recipe.schema import SourceSection
+from peftkit.run import new_folder, write_json, write_text
 from peftkit.tasks.example import Batch, Example, Runtime
 
 
@@ -39,7 +45,7 @@ class SharedMaterial:
         subject: what is exported.
         path: run directory or adapter folder.
         base: base model, where the one that the adapter names cannot be found.
-        work_dir: folder for merged models, which is removed afterwards.
+        work_dir: folder for files in between, which is removed afterwards.
     """
 
     subject: Subject
@@ -56,6 +62,24 @@ class SharedMaterial:
     def runtime(self) -> Runtime:
         """The task on tensors, with the tokenizer of the adapter."""
         return self._loaded.runtime
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest input in tokens that the model has positions for."""
+        return self._loaded.position_limit
+
+    def base_dir(self) -> Path | None:
+        """Folder of the base model, with its weights; None where it is not on this machine."""
+        if Path(self.subject.base).is_dir():
+            return Path(self.subject.base)
+        try:
+            patterns = ["*.json", "*.safetensors"]
+            found = snapshot_download(
+                self.subject.base, revision=self.subject.revision, allow_patterns=patterns, local_files_only=True
+            )
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+        return Path(found)
 
     def merged(self, dtype: Dtype) -> Path:
         """Folder of the merged model as plain transformers writes it, with the tokenizer."""
@@ -90,6 +114,13 @@ class SharedMaterial:
         """Fixed rows for comparing two models of the task."""
         return probe_examples(self.runtime, self._loaded.task, self._loaded.position_limit or sys.maxsize)
 
+    def examples_of(self, path: Path) -> list[Example]:
+        """The rows of a file in the format of the training rows, their columns renamed alike."""
+        facts, with_tasks = self._loaded.facts, bool(self.runtime.settings.task_names)
+        reader = RowReader(self._loaded.task, Path(), facts.system_prompt, with_tasks, rename=facts.rename)
+        opened = reader.open([SourceSection(path=str(path.absolute()), format=facts.format)])
+        return encode_rows(self.runtime, sound_rows(opened.rows(), "", drops=False), str(path))
+
     def batches(self) -> list[Batch]:
         """The model inputs of each of these rows alone, without labels."""
         collated = [self.runtime.collate([example]) for example in self.examples()]
@@ -100,6 +131,11 @@ class SharedMaterial:
         if form not in self._logits:
             self._logits[form] = reference_logits(self.load(form), self.runtime, self.examples())
         return self._logits[form]
+
+    def logits_of(self, folder: Path) -> list[torch.Tensor]:
+        """The same for an adapter folder that was written, on a fresh base."""
+        model = compute_in_float32(load_adapter(folder, self.base or self.subject.base, CPU).model)
+        return reference_logits(model, self.runtime, self.examples())
 
 
 @contextmanager
@@ -117,6 +153,8 @@ def export_job(job: Job, material: SharedMaterial) -> dict[str, Any]:
     """
     with new_folder(job.output) as folder:
         job.exporter.write(material, job.options, folder)
+        if command := job.exporter.command(material.subject, job.options):
+            write_text(folder / LAUNCH, f'#!/bin/sh\nhere=$(cd "$(dirname "$0")" && pwd)\nexec {command} "$@"\n')
         check = job.exporter.check(material, job.options, folder)
         if check.passed is False:
             raise CertificateError(f"{job.exporter.name}: {check.client}: {check.detail}; nothing was written")
@@ -135,6 +173,7 @@ def _record(job: Job, subject: Subject, check: Check, folder: Path) -> dict[str,
         "run": str(subject.run) if subject.run else None,
         "adapter": {"method": subject.method, "task": subject.task, "sha256": subject.fingerprint()},
         "base": {"name": subject.base, "revision": subject.revision},
+        "launch": job.exporter.command(subject, job.options) or None,
         "findings": [vars(finding) for finding in job.findings],
         "check": {**vars(check), "numbers": dict(check.numbers)},
         "files": files,

@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-
 
 Arrays = dict[str, np.ndarray]
 
@@ -62,7 +59,7 @@ def open_onnx(path: Path) -> Session:
     return Session(f"onnxruntime {onnxruntime.__version__}", inputs, run)
 
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype] = {
     "tensor(int64)": np.dtype(np.int64),
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -88,14 +85,13 @@ def open_openvino(path: Path) -> Session:
     return Session(f"openvino {openvino.__version__.partition('-')[0]}", inputs, run)
 
 
-class SinglePassClient(nn.Module):
+@dataclass
+class SinglePassClient:
     """A file of one pass, where a task's runtime expects a model."""
 
-    def __init__(self, session: Session) -> None:
-        super().__init__()
-        self.session = session
+    session: Session
 
-    def forward(self, **inputs: torch.Tensor) -> SimpleNamespace:
+    def __call__(self, **inputs: torch.Tensor) -> SimpleNamespace:
         """Outputs by name."""
         found = self.session({name: tensor.numpy() for name, tensor in inputs.items()})
         return SimpleNamespace(**{name: torch.from_numpy(array) for name, array in found.items()})
@@ -103,7 +99,7 @@ class SinglePassClient(nn.Module):
 
 @dataclass
 class DecodingClient:
-    """Files that generate text, token by token.
+    """Files that generate text, token by token; where a task's runtime expects a model, all tokens at once.
 
     Attributes:
         first: decodes a prompt, or an encoder-decoder's first token.
@@ -111,6 +107,7 @@ class DecodingClient:
         encoder: reads the prompt, where that is another file.
         start: the token that a decoder of its own begins with.
         pad: the token that fills rows up.
+        prepare_decoder_input_ids_from_labels: the model's, of an encoder-decoder.
     """
 
     first: Session
@@ -118,6 +115,21 @@ class DecodingClient:
     encoder: Session | None
     start: int
     pad: int
+    prepare_decoder_input_ids_from_labels: Callable[..., torch.Tensor] | None = None
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoder_input_ids: torch.Tensor | None = None,
+        use_cache: bool = False,
+    ) -> SimpleNamespace:
+        """Logits of right-padded rows."""
+        ids, mask = input_ids.numpy(), attention_mask.numpy()
+        known = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask)}
+        if decoder_input_ids is not None:
+            known = _encoded(self, ids, mask) | {"input_ids": decoder_input_ids.numpy(), "use_cache_branch": np.array([False])}
+        return SimpleNamespace(logits=torch.from_numpy(self.first(known)["logits"]))
 
     def continuations(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """The likeliest tokens (B, T) after each prompt and the logits (B, T, V) that they are chosen by."""
@@ -128,6 +140,18 @@ class DecodingClient:
             tokens.append(logits[-1].argmax(-1))
             rows.append(tokens[-1])
         return np.stack(tokens, axis=1), np.stack(logits, axis=1)
+
+
+def _positions(mask: np.ndarray) -> np.ndarray:
+    positions: np.ndarray = (mask.cumsum(1) - 1).clip(min=0)
+    return positions
+
+
+def _encoded(client: DecodingClient, ids: np.ndarray, mask: np.ndarray) -> Arrays:
+    """What a decoder reads of right-padded prompts."""
+    assert client.encoder is not None
+    states = client.encoder({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
+    return {"encoder_attention_mask": mask, "encoder_hidden_states": states}
 
 
 class _Rows:
@@ -144,8 +168,8 @@ class _Rows:
         self.session = client.first
 
     def next_logits(self) -> np.ndarray:
-        positions = (self.known["attention_mask"].cumsum(1) - 1).clip(min=0)
-        self.known |= {"input_ids": self.ids, "position_ids": positions[:, -self.ids.shape[1] :]}
+        positions = _positions(self.known["attention_mask"])[:, -self.ids.shape[1] :]
+        self.known |= {"input_ids": self.ids, "position_ids": positions}
         outputs = self.session(self.known)
         self.known |= _as_past(outputs)
         logits: np.ndarray = outputs["logits"][:, -1].astype(np.float32)
@@ -162,13 +186,11 @@ class _OwnDecoder:
     """Right-padded rows of an encoder, the decoder's tokens, and what the files keep of both."""
 
     def __init__(self, client: DecodingClient, prompts: Sequence[Sequence[int]]) -> None:
-        assert client.encoder is not None
         self.client = client
         width = max(map(len, prompts))
         ids = np.array([list(ids) + [client.pad] * (width - len(ids)) for ids in prompts], np.int64)
         mask = np.array([[1] * len(ids) + [0] * (width - len(ids)) for ids in prompts], np.int64)
-        states = client.encoder({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
-        self.known: Arrays = {"encoder_attention_mask": mask, "encoder_hidden_states": states}
+        self.known = _encoded(client, ids, mask)
         self.append(np.full(len(prompts), client.start))
         self.known["use_cache_branch"] = np.array([False])
         self.session = client.first

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.adapter import base_of_adapted
-from peftkit.engine.graph_clients import DecodingClient, Session
+from peftkit.engine.graph_clients import DecodingClient, Session, SinglePassClient
 from peftkit.engine.graph_proof import answers_of, check_answers, check_outputs
 from peftkit.engine.graphs import Graph, examples_batch, graphs_of
 from peftkit.engine.model import read_tokenizer
@@ -21,6 +20,7 @@ from peftkit.exports.graph_options import task_number
 from peftkit.tasks import TASKS
 
 _COPIED = ("generation_config.json", RENDERINGS)
+Client = SinglePassClient | DecodingClient
 
 
 def model_of(material: Material, form: Form, task_id: str | None) -> Any:
@@ -48,8 +48,7 @@ def write_companions(material: Material, model: nn.Module, folder: Path) -> None
     base: Any = base_of_adapted(model)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(folder)
-    tokenizer = material.runtime.tokenizer
-    tokenizer.save_pretrained(folder)
+    material.runtime.tokenizer.save_pretrained(folder)
     for name in _COPIED:
         if (material.subject.folder / name).is_file():
             (folder / name).write_bytes((material.subject.folder / name).read_bytes())
@@ -57,23 +56,31 @@ def write_companions(material: Material, model: nn.Module, folder: Path) -> None
     check_renderings(folder, task.runtime(read_tokenizer(str(folder)), material.runtime.settings))
 
 
-def check_files(material: Material, task_id: str | None, sessions: Mapping[str, Session], relative: float | None) -> Check:
+def client_of(sessions: Mapping[str, Session], model: nn.Module, material: Material) -> Client:
+    """Files, by the names of their graphs, in the place of the model that they were made of."""
+    if not TASKS[material.subject.task].generates:
+        return SinglePassClient(sessions["model"])
+    base: Any = base_of_adapted(model)
+    first = sessions.get("decoder_model_merged") or sessions.get("decoder_model") or sessions["model"]
+    return DecodingClient(
+        first=first,
+        later=sessions.get("decoder_with_past_model", first),
+        encoder=sessions.get("encoder_model"),
+        start=getattr(base.config, "decoder_start_token_id", None) or 0,
+        pad=material.runtime.tokenizer.pad_token_id,
+        prepare_decoder_input_ids_from_labels=getattr(base, "prepare_decoder_input_ids_from_labels", None),
+    )
+
+
+def check_client(model: nn.Module, material: Material, client: Client, relative: float | None) -> Check:
     """Compare files with the adapter on its base.
 
     Args:
+        model: the adapter on its base.
         material: what is exported.
-        task_id: the task, of adapters of several.
-        sessions: the files by the names of their graphs.
+        client: the files.
         relative: largest allowed difference over the largest number; None: any.
     """
-    model = model_of(material, "adapter", task_id)
-    if not TASKS[material.subject.task].generates:
-        return check_outputs(model, material, sessions["model"], relative)
-    config = base_of_adapted(model).config
-    start = config.decoder_start_token_id if config.is_encoder_decoder else 0
-    later = sessions.get("decoder_with_past_model")
-    first = sessions.get("decoder_model") or sessions.get("model") or sessions["decoder_model_merged"]
-    client = DecodingClient(
-        first, later or first, sessions.get("encoder_model"), start, material.runtime.tokenizer.pad_token_id
-    )
+    if isinstance(client, SinglePassClient):
+        return check_outputs(model, material, client.session, relative)
     return check_answers(answers_of(model, material), client, relative)

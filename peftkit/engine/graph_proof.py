@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,83 @@ import numpy as np
 import torch
 from torch import nn
 
-from peftkit.engine.graph_clients import DecodingClient, Session
 from peftkit.engine.adapter import base_of_adapted
+from peftkit.engine.graph_clients import DecodingClient, Session
 from peftkit.engine.graphs import examples_batch
 from peftkit.exports.base import Check, Material
-from peftkit.tasks.example import Batch, Example
+from peftkit.tasks.example import Example
 
 NUM_TOKENS = 8
 
 
+@dataclass
+class Tally:
+    """How far numbers are from those expected, and how often the likeliest choice is the same."""
+
+    worst: float = 0.0
+    scale: float = 1.0
+    same: int = 0
+    number: int = 0
+
+    def add(self, expected: np.ndarray, found: np.ndarray) -> None:
+        """Compare arrays of one shape; a number that is not finite is as far off as can be."""
+        difference = float(np.abs(expected - found).max())
+        self.worst = max(self.worst, difference if np.isfinite(difference) else np.inf)
+        self.scale = max(self.scale, float(np.abs(expected).max()))
+
+    def count(self, same: np.ndarray) -> None:
+        """Choices that are the same, or not."""
+        self.same, self.number = self.same + int(same.sum()), self.number + same.size
+
+    def check(self, client: str, what: str, relative: float | None, *, passed: bool = True) -> Check:
+        """What a client's answers are worth.
+
+        Args:
+            client: program and version.
+            what: says what was compared, with a place for the share of same choices.
+            relative: largest allowed difference over the largest number; None: any that is finite.
+            passed: what else was found.
+        """
+        detail = f"{what.format(same=self.same, number=self.number)} differ by at most {self.worst:.3g}"
+        numbers = {"max_abs_diff": self.worst} | ({"agreement": self.same / self.number} if self.number else {})
+        if relative is None:
+            return Check(client, bool(np.isfinite(self.worst)), detail, numbers)
+        tolerance = relative * self.scale
+        detail += f" (allowed {tolerance:.3g})"
+        return Check(client, passed and self.worst <= tolerance, detail, numbers | {"tolerance": tolerance})
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, material: Material, session: Session, relative: float | None) -> Check:
+    """The check of a file that needs one pass: fixed rows, alone and together, padded as the task has it.
+
+    Args:
+        model: the adapter on its base.
+        material: the task's rows.
+        session: the file.
+        relative: largest allowed difference of a number over the largest one; None: any.
+    """
+    tally, examples, outputs = Tally(), material.examples(), ""
+    for rows in (examples[:1], examples[1:], examples):
+        batch = examples_batch(material.runtime, rows)
+        expected = material.runtime.graph_outputs(model, batch)
+        found = session({name: tensor.numpy() for name, tensor in batch.items()})
+        seen = batch["attention_mask"].numpy().astype(bool)
+        for name, tensor in expected.items():
+            one, other = tensor.numpy(), found[name].astype(np.float32)
+            if one.shape[:2] == seen.shape:  # of tokens: those of padding mean nothing
+                one, other = one[seen], other[seen]
+            tally.add(one, other)
+            if name == "logits":
+                tally.count(one.argmax(-1) == other.argmax(-1))
+        outputs = " and ".join(expected)
+    choices = ", {same} of {number} likeliest classes the same;" if tally.number else ""
+    what = f"{outputs} of {len(examples)} rows, alone and padded{choices}".replace(";", ":")
+    return tally.check(session.client, what, relative)
+
+
 @dataclass(frozen=True)
-class Answers:
+class Answer:
     """What a model without any cache goes on with after a prompt.
 
     Attributes:
@@ -35,118 +101,60 @@ class Answers:
     logits: np.ndarray
 
 
-def batches_of(material: Material) -> list[Batch]:
-    """Fixed rows alone and together, padded as the task has it."""
-    examples = material.examples()
-    return [examples_batch(material.runtime, part) for part in ([examples[0]], examples[1:], examples)]
-
-
 @torch.no_grad()
-def check_outputs(model: nn.Module, material: Material, session: Session, relative: float | None) -> Check:
-    """The check of a file that needs one pass.
-
-    Args:
-        model: the adapter on its base.
-        material: the task's rows.
-        session: the file.
-        relative: largest allowed difference of an output over its largest number; None: any.
-    """
-    worst, allowed, agreed, number = 0.0, 0.0, 0, 0
-    batches = batches_of(material)
-    for batch in batches:
-        expected = material.runtime.graph_outputs(model, batch)
-        found = session({name: tensor.numpy() for name, tensor in batch.items()})
-        for name, tensor in expected.items():
-            one, other = tensor.numpy(), found[name].astype(np.float32)
-            if one.ndim > 2 or name.endswith("_logits"):  # of tokens: padding says nothing
-                seen = batch["attention_mask"].numpy().astype(bool)
-                one, other = one[seen], other[seen]
-            difference = float(np.abs(one - other).max())
-            scale = max(1.0, float(np.abs(one).max()))
-            worst, allowed = max(worst, difference if np.isfinite(difference) else np.inf), max(allowed, scale)
-            if name == "logits":
-                agreed += int((one.argmax(-1) == other.argmax(-1)).sum())
-                number += one.shape[0]
-    tolerance = allowed * relative if relative is not None else np.inf
-    what = " and ".join(expected)
-    detail = f"{what} of {len(batches[-1]['input_ids'])} rows, alone and padded, differ by at most {worst:.3g}"
-    detail += f" (allowed {tolerance:.3g})" if relative is not None else ""
-    numbers = {"max_abs_diff": worst} | ({"tolerance": tolerance} if relative is not None else {})
-    if relative is None and number:
-        detail += f"; the likeliest class is the same {agreed} times of {number}"
-        numbers |= {"agreement": agreed / number}
-    return Check(session.client, bool(worst <= tolerance and np.isfinite(worst)), detail, numbers)
-
-
-@torch.no_grad()
-def answers_of(model: nn.Module, material: Material, num_tokens: int = NUM_TOKENS) -> list[Answers]:
+def answers_of(model: nn.Module, material: Material) -> list[Answer]:
     """What the adapter on its base goes on with after some prompts, each alone, by whole passes without a cache."""
-    return [_answers(model, example, num_tokens) for example in prompts_of(material)]
+    longest = max(example.length for example in material.examples())
+    settings = dataclasses.replace(material.runtime.settings, truncation="right", max_length=longest)
+    cut: Any = type(material.runtime)
+    runtime = cut(material.runtime.tokenizer, settings)
+    prompts = [example for row in runtime.probe_rows() for example in runtime.encode(row, "probe", target=False)]
+    return [_answer(model, example) for example in prompts]
 
 
-def prompts_of(material: Material) -> list[Example]:
-    """Fixed prompts of several lengths."""
-    runtime, longest = material.runtime, max(example.length for example in material.examples())
-    cut = type(runtime)(  # type: ignore[call-arg]
-        runtime.tokenizer, dataclasses.replace(runtime.settings, truncation="right", max_length=longest)
-    )
-    return [example for row in cut.probe_rows() for example in cut.encode(row, "probe", target=False)]
-
-
-def _answers(model: nn.Module, example: Example, num_tokens: int) -> Answers:
+def _answer(model: nn.Module, example: Example) -> Answer:
     config: Any = base_of_adapted(model).config
-    prompt = list(example.inputs["input_ids"])
+    prompt, logits = list(example.inputs["input_ids"]), []
     tokens: list[int] = []
-    logits = []
-    for _ in range(num_tokens):
+    for _ in range(NUM_TOKENS):
         if config.is_encoder_decoder:
-            ids = torch.tensor([prompt])
-            own: Any = {"decoder_input_ids": torch.tensor([[config.decoder_start_token_id, *tokens]])}
+            ids, own = torch.tensor([prompt]), {"decoder_input_ids": torch.tensor([[config.decoder_start_token_id, *tokens]])}
         else:
             ids, own = torch.tensor([prompt + tokens]), {}
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **own)
         logits.append(output.logits[0, -1].float().numpy())
         tokens.append(int(logits[-1].argmax()))
-    return Answers(prompt, np.array(tokens), np.stack(logits))
+    return Answer(prompt, np.array(tokens), np.stack(logits))
 
 
-def check_answers(expected: Sequence[Answers], client: DecodingClient, relative: float | None) -> Check:
-    """The check of files that generate text: the same tokens, and logits within a tolerance as long as they are.
+def check_answers(expected: Sequence[Answer], client: DecodingClient, relative: float | None) -> Check:
+    """The check of files that generate text, alone and padded: the same tokens, and logits as long as they are.
 
     Args:
         expected: of the adapter on its base, without a cache.
         client: the files, with their cache.
         relative: largest allowed difference of a logit over the largest logit; None: any.
     """
-    scale = max(1.0, *(float(np.abs(part.logits).max()) for part in expected))
-    tolerance = np.inf if relative is None else relative * scale
-    worst, same, number, all_same = 0.0, 0, 0, True
-    for rows in ([part] for part in expected[:1]), (expected,):
-        for group in rows:
-            tokens, logits = client.continuations([part.prompt for part in group], len(group[0].tokens))
-            for part, own_tokens, own_logits in zip(group, tokens, logits, strict=True):
-                length = _common(part.tokens, own_tokens)
-                difference = float(np.abs(part.logits[: length + 1] - own_logits[: length + 1]).max())
-                worst = max(worst, difference if np.isfinite(difference) else np.inf)
-                same, number = same + length, number + len(own_tokens)
-                all_same &= _is_tie(part, own_tokens, length, tolerance)
-    detail = f"{same} of {number} greedy tokens with a cache are those without; logits differ by at most {worst:.3g}"
-    detail += f" (allowed {tolerance:.3g})" if relative is not None else ""
-    numbers = {"max_abs_diff": worst, "tokens": float(number), "agreement": same / number}
-    numbers |= {"tolerance": float(tolerance)} if relative is not None else {}
-    passed = bool(np.isfinite(worst) and worst <= tolerance and (all_same or relative is None))
-    return Check(client.later.client, passed, detail, numbers)
+    tally, gaps = Tally(), [0.0]
+    for group in (expected[:1], expected):
+        tokens, logits = client.continuations([part.prompt for part in group], NUM_TOKENS)
+        for part, own_tokens, own_logits in zip(group, tokens, logits, strict=True):
+            same = (part.tokens == own_tokens).cumprod().astype(bool)  # behind the first other one all is another text
+            length = int(same.sum())
+            tally.add(part.logits[: length + 1], own_logits[: length + 1])
+            tally.count(same)
+            if length < NUM_TOKENS:
+                choices = part.logits[length]
+                gaps.append(float(choices[part.tokens[length]] - choices[own_tokens[length]]))
+    # Where another token was chosen, both were as likely as the allowed difference can tell.
+    is_tie = relative is not None and max(gaps) <= 2 * relative * tally.scale
+    what = "{same} of {number} greedy tokens with a cache are those without; logits"
+    return tally.check(client.later.client, what, relative, passed=is_tie)
 
 
-def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many first tokens are the same."""
-    differing = np.nonzero(one != other)[0]
-    return int(differing[0]) if len(differing) else len(one)
-
-
-def _is_tie(expected: Answers, tokens: np.ndarray, length: int, tolerance: float) -> bool:
-    """Whether the tokens are the same, or the first other one was as likely as rounding can tell."""
-    if length == len(tokens):
-        return True
-    logits: Mapping[int, float] = expected.logits[length]  # type: ignore[assignment]
-    return bool(logits[int(expected.tokens[length])] - logits[int(tokens[length])] <= 2 * tolerance)
+def with_metrics(check: Check, metrics: Iterable[tuple[str, Mapping[str, float]]]) -> Check:
+    """A check that tells the task's metrics too, as measured under some names."""
+    (before, old), (after, new) = metrics
+    numbers = {f"{name}_{when}": values[name] for when, values in ((before, old), (after, new)) for name in values}
+    told = ", ".join(f"{name} {old[name]:.4g} {before}, {new[name]:.4g} {after}" for name in old)
+    return dataclasses.replace(check, detail=f"{check.detail}; {told}", numbers={**check.numbers, **numbers})

@@ -123,7 +123,7 @@ def _decoder(model: nn.Module, example: Batch) -> Graph:
     past = [{name: torch.rand(2, part.shape[1], 5, part.shape[3]) for name, part in layer.items()} for layer in layers]
     inputs: dict[str, Any] = _token_inputs(model, ids, num_past=5) | {"past_key_values": past}
     axes: dict[str, Any] = {name: _TOKENS[name] for name in inputs if name in _TOKENS}
-    axes["past_key_values"] = [dict.fromkeys(layer, {0: BATCH, 2: PAST}) for layer in layers]
+    axes["past_key_values"] = [{name: {0: BATCH, 2: PAST} for name in layer} for layer in layers]
     return Graph("model", _Decoder(model, prefix), inputs, axes)
 
 
@@ -227,7 +227,9 @@ def _decoders(model: nn.Module, example: Batch) -> list[Graph]:
         for layer in present
     ]  # fmt: skip
     lengths = {"decoder": TARGET_PAST, "encoder": SOURCE}
-    past_axes = [{name: dict.fromkeys(parts, {0: BATCH, 2: lengths[name]}) for name, parts in layer.items()} for layer in past]
+    past_axes = [
+        {name: {key: {0: BATCH, 2: lengths[name]} for key in parts} for name, parts in layer.items()} for layer in past
+    ]
     return [
         Graph(
             "decoder_model",
@@ -307,7 +309,7 @@ def _num_tokens(prefix: Layers) -> int:
 
 
 def _prefix(model: nn.Module) -> Layers:
-    """What a decoder's virtual tokens are to all that follow: keys and values (1, H, P, D); the adapter lets in none from then on.
+    """What a decoder's virtual tokens are to all that follow: keys and values (1, H, P, D).
 
     Virtual tokens in front of a decoder's embeddings see nothing but each other, so that their keys and values never change.
     """

@@ -6,12 +6,16 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from peftkit.engine.evaluate import flat_metrics, score_examples
 from peftkit.engine.graph_clients import open_onnx
-from peftkit.engine.graph_folder import check_files, graphs_for, model_of, write_companions
-from peftkit.engine.graphs import Graph, in_float16
+from peftkit.engine.graph_folder import check_client, client_of, graphs_for, model_of, write_companions
+from peftkit.engine.graph_proof import with_metrics
+from peftkit.engine.graphs import in_float16
 from peftkit.engine.joined_decoders import joined
+from peftkit.engine.loaded import CPU
+from peftkit.engine.step import Step
 from peftkit.engine.tracing import onnx_model
 from peftkit.errors import CertificateError
 from peftkit.exports.base import Check, Material
@@ -20,24 +24,32 @@ from peftkit.exports.onnx import OnnxOptions
 if TYPE_CHECKING:
     import onnx_ir
 
+    from peftkit.engine.graphs import Graph
+
 _LARGEST_BYTES = 2_000_000_000  # protobuf's limit is 2 GiB for the whole file: larger weights lie beside it
 # Largest difference of a number over the largest one, at least 1. Sums of float16 numbers err by some units in the third place.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+_BATCH_SIZE = 8
 
 
 def write(material: Material, options: OnnxOptions, folder: Path) -> None:
-    """Trace, save, prove, quantise."""
+    """Trace, save, and quantise what has proven to be sound.
+
+    Raises:
+        CertificateError: it gives something else than the adapter, even before it is quantised.
+    """
     model = model_of(material, options.form, options.task_id)
     graphs = graphs_for(model, material)
-    if options.dtype == "float16":
-        graphs = [in_float16(graph) for graph in graphs]
-    for name, traced in _models(graphs):
+    for name, traced in _models([in_float16(graph) for graph in graphs] if options.dtype == "float16" else graphs):
         _save(traced, folder / f"{name}.onnx")
     write_companions(material, model, folder)
-    if options.quantization != "none":
-        _require_sound(material, options, folder)
-        for path in sorted(folder.glob("*.onnx")):
-            _quantise(path)
+    if options.quantization == "none":
+        return
+    found = check(material, options.model_copy(update={"quantization": "none", "data": None}), folder)
+    if not found.passed:
+        raise CertificateError(f"onnx: {found.client}: before quantisation, {found.detail}; nothing was written")
+    for path in sorted(folder.glob("*.onnx")):
+        _quantise(path)
 
 
 def _models(graphs: list[Graph]) -> Iterator[tuple[str, onnx_ir.Model]]:
@@ -55,38 +67,34 @@ def _save(model: onnx_ir.Model, path: Path) -> None:
     onnx_ir.save(model, path, external_data=f"{path.name}_data" if num_bytes > _LARGEST_BYTES else None)
 
 
-def _require_sound(material: Material, options: OnnxOptions, folder: Path) -> None:
-    """Prove files before they are quantised: what differs afterwards is quantisation alone.
-
-    Raises:
-        CertificateError: they give something else than the adapter.
-    """
-    found = _check(material, options, folder, _TOLERANCE[options.dtype])
-    if not found.passed:
-        raise CertificateError(f"onnx: {found.client}: before quantisation, {found.detail}; nothing was written")
-
-
 def _quantise(path: Path) -> None:
     """Weights of matrix products in 8 bits, one scale for each column; activations are quantised as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    root = logging.getLogger()
+    root, external = logging.getLogger(), list(path.parent.glob(f"{path.name}_data"))
     level = root.level
-    root.setLevel(logging.ERROR)  # it advises to preprocess the model at each call
-    with tempfile.TemporaryDirectory(prefix="peftkit-onnx-") as place:
+    root.setLevel(logging.ERROR)  # at each call it advises to preprocess the model
+    with tempfile.TemporaryDirectory(prefix="peftkit-onnx-", dir=path.parent) as place:
         source = Path(place) / path.name
-        for part in path.parent.glob(f"{path.name}*"):
+        for part in (path, *external):
             part.rename(source.with_name(part.name))
-        quantize_dynamic(source, path, per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(source, path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=bool(external))
     root.setLevel(level)
 
 
 def check(material: Material, options: OnnxOptions, folder: Path) -> Check:
     """Run the files in ONNX Runtime on the CPU, beside the adapter on its base in torch."""
-    relative = _TOLERANCE[options.dtype] if options.quantization == "none" else None
-    return _check(material, options, folder, relative)
+    model = model_of(material, "adapter", options.task_id)
+    client = client_of({path.stem: open_onnx(path) for path in folder.glob("*.onnx")}, model, material)
+    found = check_client(model, material, client, _TOLERANCE[options.dtype] if options.quantization == "none" else None)
+    if options.data is None:
+        return found
+    examples = material.examples_of(Path(options.data))
+    metrics = [(name, _metrics(material, part, examples)) for name, part in (("before", model), ("after", client))]
+    return with_metrics(found, metrics)
 
 
-def _check(material: Material, options: OnnxOptions, folder: Path, relative: float | None) -> Check:
-    sessions = {path.stem: open_onnx(path) for path in folder.glob("*.onnx")}
-    return check_files(material, options.task_id, sessions, relative)
+def _metrics(material: Material, model: Any, examples: list[Any]) -> dict[str, float]:
+    """The task's metrics on rows."""
+    results = score_examples(Step(model, material.runtime), examples, batch_size=_BATCH_SIZE, device=CPU)
+    return flat_metrics(material.runtime.summarise(results))

@@ -1,4 +1,4 @@
-"""Graphs as ONNX and OpenVINO models, by transformers' own exporters (5.23), which mend what torch cannot translate by itself."""
+"""Graphs as ONNX and OpenVINO models, by transformers' own exporters (5.23): they mend what torch cannot translate alone."""
 
 from __future__ import annotations
 

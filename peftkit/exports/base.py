@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,16 @@ class Material(Protocol):
     """What a writer works on; `peftkit.engine.exporting` makes one for all targets of a command."""
 
     subject: Subject
+    work_dir: Path  # for files in between; removed at the end of the command
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest input in tokens that the model has positions for."""
+        ...
+
+    def base_dir(self) -> Path | None:
+        """Folder of the base model, with its weights; None where it is not on this machine."""
+        ...
 
     @property
     def runtime(self) -> Runtime:
@@ -90,12 +101,24 @@ class Material(Protocol):
         """Fixed rows for comparing two models of the task."""
         ...
 
+    def examples_of(self, path: Path) -> list[Example]:
+        """The rows of a file in the format of the training rows.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        ...
+
     def batches(self) -> list[Batch]:
         """The model inputs of each of these rows alone, without labels."""
         ...
 
     def logits(self, form: Form) -> list[Any]:
         """Tensors that the task's forward gives for these rows, in float32; kept."""
+        ...
+
+    def logits_of(self, folder: Path) -> list[Any]:
+        """The same for an adapter folder that was written, on a fresh base."""
         ...
 
 
@@ -111,6 +134,8 @@ class Exporter:
             a model is at hand.
         tasks: task types that it takes.
         lint: what the target would say of the subject under these options.
+        unmerged: what to do where an adapter cannot be merged.
+        launch: the words of the command that serves the folder, which they call `$here`; None where none is written.
         requires: Python packages that it needs beyond ours: import name -> what `pip install` calls it.
     """
 
@@ -120,6 +145,8 @@ class Exporter:
     module: str
     tasks: Sequence[str] = EVERY_TASK
     lint: Callable[[Subject, Any], Iterator[Finding]] = lambda subject, options: iter(())
+    unmerged: str = ""
+    launch: Callable[[Subject, Any], list[str]] | None = None
     requires: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def form(self, options: Section) -> Form:
@@ -135,8 +162,13 @@ class Exporter:
         missing = [pip for name, pip in self.requires.items() if importlib.util.find_spec(name) is None]
         found = [Finding(True, f"{self.name} needs {name}", f"`pip install {name}` adds it") for name in missing]
         if self.form(options) == "merged":
-            found += [Finding(True, f"it cannot be merged: {reason}") for reason in subject.why_not_merged()]
+            found += [Finding(True, f"it cannot be merged: {reason}", self.unmerged) for reason in subject.why_not_merged()]
         return found + list(self.lint(subject, options))
+
+    def command(self, subject: Subject, options: Section) -> str:
+        """The command that serves the folder, for a shell in which `here` is set; empty where there is none."""
+        words = self.launch(subject, options) if self.launch else []
+        return " ".join(f'"{word}"' if "$here" in word else shlex.quote(word) for word in words)
 
     def write(self, material: Material, options: Section, folder: Path) -> None:
         """Write what the target reads."""

@@ -11,6 +11,8 @@ from peftkit.exports.base import Finding, Form
 from peftkit.exports.subject import Subject
 from peftkit.section import Section
 
+UNMERGED = "`--set form=adapter` writes base and adapter as one graph"
+
 
 class GraphOptions(Section):
     """Options of targets that are traced."""

@@ -18,6 +18,7 @@ from peftkit.recipe.yaml_file import parse_scalar
 from peftkit.run import Run
 from peftkit.section import Section
 
+LAUNCH = "serve.sh"  # where a target is served by a command: that command
 RECORD = "export.json"  # in every exported folder: what it is, and how it was checked
 
 

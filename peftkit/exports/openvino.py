@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftkit.exports.base import Exporter
-from peftkit.exports.graph_options import GraphOptions, lint_graph
+from peftkit.exports.graph_options import UNMERGED, GraphOptions, lint_graph
 
 
 class OpenvinoOptions(GraphOptions):
@@ -16,5 +16,6 @@ OPENVINO = Exporter(
     section=OpenvinoOptions,
     module="peftkit.engine.openvino_export",
     lint=lint_graph,
+    unmerged=UNMERGED,
     requires={"openvino": "openvino"},
 )

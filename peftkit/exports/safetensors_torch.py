@@ -35,10 +35,14 @@ def write(material: Material, options: SafetensorsOptions, folder: Path) -> None
 
 def check(material: Material, options: SafetensorsOptions, folder: Path) -> Check:
     """Load the folder by plain transformers and compare logits."""
-    quantization = _QUANTIZATIONS[options.quantization]
+    return compare_folder(material, folder, options.quantization)
+
+
+def compare_folder(material: Material, folder: Path, quantization: str = "none") -> Check:
+    """A folder of plain transformers against the merged model in float32."""
     model = material.open(folder)
-    kind = str(model.dtype).removeprefix("torch.") if quantization is None else options.quantization
-    model = model.float() if quantization is None else model
+    kind = str(model.dtype).removeprefix("torch.") if quantization == "none" else quantization
+    model = model.float() if quantization == "none" else model
     with torch.inference_mode():
         found = [material.runtime.forward(model, batch).float() for batch in material.batches()]
     return compare_logits(f"transformers {transformers.__version__}", material.logits("merged"), found, _TOLERANCE[kind])

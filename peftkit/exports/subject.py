@@ -88,6 +88,10 @@ class Subject:
         if reason := why_not_plain(self.quantization):
             yield reason
 
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file beside the adapter, or of the base; None where neither is on this machine."""
+        return _read(self.folder / name) or model_file(self.base, self.revision, name) or None
+
     def fingerprint(self) -> str:
         """sha256 of the adapter's tensors, or of the whole model's for `full`."""
         digest = hashlib.sha256()
