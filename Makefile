@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread computes as fast as two on small models and leaves a core for other tests.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test export-check check format clean
 
 quickstart: $(VENV)/.installed
 	env -u OMP_NUM_THREADS $(BIN)/peftkit train recipes/quickstart.yaml
@@ -18,6 +18,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every method and architecture as ONNX: an hour on one core.
+export-check: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m export_tables tests/contracts/test_graph_tables.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

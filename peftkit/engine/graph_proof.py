@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,8 @@ def check_outputs(model: nn.Module, material: Material, session: Session, relati
             if name == "logits":
                 tally.count(one.argmax(-1) == other.argmax(-1))
         outputs = " and ".join(expected)
-    choices = ", {same} of {number} likeliest classes the same;" if tally.number else ""
-    what = f"{outputs} of {len(examples)} rows, alone and padded{choices}".replace(";", ":")
+    choices = " ({same} of {number} likeliest classes are the same)" if tally.number else ""
+    what = f"{outputs} of {len(examples)} rows, alone and padded,{choices}"
     return tally.check(session.client, what, relative)
 
 
@@ -152,9 +152,8 @@ def check_answers(expected: Sequence[Answer], client: DecodingClient, relative: 
     return tally.check(client.later.client, what, relative, passed=is_tie)
 
 
-def with_metrics(check: Check, metrics: Iterable[tuple[str, Mapping[str, float]]]) -> Check:
-    """A check that tells the task's metrics too, as measured under some names."""
-    (before, old), (after, new) = metrics
-    numbers = {f"{name}_{when}": values[name] for when, values in ((before, old), (after, new)) for name in values}
-    told = ", ".join(f"{name} {old[name]:.4g} {before}, {new[name]:.4g} {after}" for name in old)
+def with_metrics(check: Check, before: Mapping[str, float], after: Mapping[str, float]) -> Check:
+    """A check that tells the task's metrics too, from before and after quantisation."""
+    numbers = {f"{name}_{when}": values[name] for when, values in (("before", before), ("after", after)) for name in values}
+    told = ", ".join(f"{name} {before[name]:.4g} -> {after[name]:.4g}" for name in before)
     return dataclasses.replace(check, detail=f"{check.detail}; {told}", numbers={**check.numbers, **numbers})

@@ -90,8 +90,7 @@ def check(material: Material, options: OnnxOptions, folder: Path) -> Check:
     if options.data is None:
         return found
     examples = material.examples_of(Path(options.data))
-    metrics = [(name, _metrics(material, part, examples)) for name, part in (("before", model), ("after", client))]
-    return with_metrics(found, metrics)
+    return with_metrics(found, _metrics(material, model, examples), _metrics(material, client, examples))
 
 
 def _metrics(material: Material, model: Any, examples: list[Any]) -> dict[str, float]:

@@ -67,7 +67,8 @@ def _tracing(graph: Graph, target: str) -> Iterator[None]:
     """Without what the libraries print and log on the way; what fails becomes an error for users."""
     level, verbosity = logging.root.manager.disable, transformers_logging.get_verbosity()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.no_grad():
+        silence = io.StringIO()
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             yield

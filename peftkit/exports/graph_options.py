@@ -44,10 +44,6 @@ def lint_graph(subject: Subject, options: GraphOptions) -> Iterator[Finding]:
         )
     if not names and options.task_id is not None:
         yield Finding(True, "task_id has no effect: the adapter has not learned several tasks", "leave it out")
-    if options.form == "adapter":
-        reason = UNTRACEABLE.get(subject.method)
-        if reason:
-            yield Finding(True, f"{subject.method} cannot be one graph with its base: {reason}")
-
-
-UNTRACEABLE: dict[str, str] = {}  # method -> why
+    method = subject.known_method
+    if options.form == "adapter" and method is not None and method.not_one_graph:
+        yield Finding(True, f"{method.name} cannot be one graph with its base: {method.not_one_graph}")
