@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.graph_clients import DecodingClient, Session, SinglePassClient
 from peftkit.engine.graph_proof import answers_of, check_answers, check_outputs
 from peftkit.engine.graphs import Graph, examples_batch, graphs_of
-from peftkit.engine.model import read_tokenizer
+from peftkit.engine.guard import raise_if_exhausted
+from peftkit.engine.model import first_line, read_tokenizer
 from peftkit.engine.parity import RENDERINGS, check_renderings
+from peftkit.errors import CertificateError, PeftkitError
 from peftkit.exports.base import Check, Form, Material
 from peftkit.exports.graph_options import task_number
 from peftkit.tasks import TASKS
@@ -70,6 +73,24 @@ def client_of(sessions: Mapping[str, Session], model: nn.Module, material: Mater
         pad=material.runtime.tokenizer.pad_token_id,
         prepare_decoder_input_ids_from_labels=getattr(base, "prepare_decoder_input_ids_from_labels", None),
     )
+
+
+@contextlib.contextmanager
+def running(target: str) -> Iterator[None]:
+    """What a runtime raises becomes an error for users.
+
+    Raises:
+        CertificateError: it cannot load the files, or fails while it computes.
+    """
+    try:
+        yield
+    except PeftkitError:
+        raise
+    except Exception as error:  # the runtimes have no class of their own in common
+        raise_if_exhausted(error)
+        raise CertificateError(
+            f"{target}: the runtime cannot use the files: {first_line(error)}; nothing was written"
+        ) from error
 
 
 def check_client(model: nn.Module, material: Material, client: Client, relative: float | None) -> Check:

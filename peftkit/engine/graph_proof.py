@@ -82,7 +82,7 @@ def check_outputs(model: nn.Module, material: Material, session: Session, relati
                 tally.count(one.argmax(-1) == other.argmax(-1))
         outputs = " and ".join(expected)
     choices = " ({same} of {number} likeliest classes are the same)" if tally.number else ""
-    what = f"{outputs} of {len(examples)} rows, alone and padded,{choices}"
+    what = f"{outputs} of {len(examples)} rows, alone and padded{choices},"
     return tally.check(session.client, what, relative)
 
 

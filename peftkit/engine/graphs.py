@@ -171,8 +171,11 @@ class _FirstDecoder(nn.Module):
         self, encoder_attention_mask: torch.Tensor, input_ids: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> dict[str, Any]:
         """Logits (B, T, V), and of each layer keys and values of both stacks."""
-        own = [{name: part.expand(input_ids.shape[0], -1, -1, -1) for name, part in layer.items()} for layer in self.prefix]
-        cache = EncoderDecoderCache(_cache(own), DynamicCache())
+        heads = encoder_hidden_states.new_zeros(input_ids.shape[0], 1, 0, 1)
+        nothing = [
+            {name: heads.expand(-1, part.shape[1], -1, part.shape[3]) for name, part in layer.items()} for layer in self.prefix
+        ]
+        cache = EncoderDecoderCache(_cache(_behind(self.prefix, nothing)), DynamicCache())
         with _without_prompts(self.model, self.prefix):
             output = _answer(self.model, encoder_attention_mask, input_ids, encoder_hidden_states, cache)
         num_tokens = _num_tokens(self.prefix)
@@ -220,7 +223,7 @@ def _decoders(model: nn.Module, example: Batch) -> list[Graph]:
     first = _FirstDecoder(model, prefix)
     with torch.no_grad():
         present = first(**tokens, encoder_hidden_states=states)["present"]
-    # A tensor that is an input of its own, of a length of its own: nothing else then seems to be equal.
+    # Of a length of its own, so that it does not seem to be that of the new tokens.
     past = [
         {name: {key: torch.cat([part, part], dim=2) if name == "decoder" else part.clone() for key, part in parts.items()}
          for name, parts in layer.items()}
@@ -322,7 +325,7 @@ def _prefix(model: nn.Module) -> Layers:
     with torch.no_grad():
         prompt = model.get_prompt(1, model.tasks_of(1))
         if in_cache:
-            return [{name: part.clone() for name, part in layer.items()} for layer in _layers(prompt, 0)]
+            return _layers(prompt.self_attention_cache if isinstance(prompt, EncoderDecoderCache) else prompt, 0)
         mask = torch.ones(1, num_tokens, dtype=torch.long)
         model.prompts_off = True
         output = _base(model)(inputs_embeds=prompt[:, :num_tokens], attention_mask=mask, use_cache=True)

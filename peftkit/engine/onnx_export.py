@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.engine.evaluate import flat_metrics, score_examples
 from peftkit.engine.graph_clients import open_onnx
-from peftkit.engine.graph_folder import check_client, client_of, graphs_for, model_of, write_companions
+from peftkit.engine.graph_folder import check_client, client_of, graphs_for, model_of, running, write_companions
 from peftkit.engine.graph_proof import with_metrics
 from peftkit.engine.graphs import in_float16
 from peftkit.engine.joined_decoders import joined
@@ -85,12 +85,13 @@ def _quantise(path: Path) -> None:
 def check(material: Material, options: OnnxOptions, folder: Path) -> Check:
     """Run the files in ONNX Runtime on the CPU, beside the adapter on its base in torch."""
     model = model_of(material, "adapter", options.task_id)
-    client = client_of({path.stem: open_onnx(path) for path in folder.glob("*.onnx")}, model, material)
-    found = check_client(model, material, client, _TOLERANCE[options.dtype] if options.quantization == "none" else None)
-    if options.data is None:
-        return found
-    examples = material.examples_of(Path(options.data))
-    return with_metrics(found, _metrics(material, model, examples), _metrics(material, client, examples))
+    with running("onnx"):
+        client = client_of({path.stem: open_onnx(path) for path in folder.glob("*.onnx")}, model, material)
+        found = check_client(model, material, client, _TOLERANCE[options.dtype] if options.quantization == "none" else None)
+        if options.data is None:
+            return found
+        examples = material.examples_of(Path(options.data))
+        return with_metrics(found, _metrics(material, model, examples), _metrics(material, client, examples))
 
 
 def _metrics(material: Material, model: Any, examples: list[Any]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftkit.engine.graph_clients import open_openvino
-from peftkit.engine.graph_folder import check_client, client_of, graphs_for, model_of, write_companions
+from peftkit.engine.graph_folder import check_client, client_of, graphs_for, model_of, running, write_companions
 from peftkit.engine.tracing import openvino_model
 from peftkit.exports.base import Check, Material
 from peftkit.exports.openvino import OpenvinoOptions
@@ -28,6 +28,7 @@ def write(material: Material, options: OpenvinoOptions, folder: Path) -> None:
 
 def check(material: Material, options: OpenvinoOptions, folder: Path) -> Check:
     """Run the files on the CPU, in float32, beside the adapter on its base in torch."""
-    sessions = {path.stem.removeprefix(PREFIX): open_openvino(path) for path in folder.glob("*.xml")}
     model = model_of(material, "adapter", options.task_id)
-    return check_client(model, material, client_of(sessions, model, material), _TOLERANCE[options.dtype])
+    with running("openvino"):
+        sessions = {path.stem.removeprefix(PREFIX): open_openvino(path) for path in folder.glob("*.xml")}
+        return check_client(model, material, client_of(sessions, model, material), _TOLERANCE[options.dtype])

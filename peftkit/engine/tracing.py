@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.exporters.utils import get_leaf_tensors
-from transformers.utils import logging as transformers_logging
 
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.graphs import Graph
@@ -65,10 +64,9 @@ def openvino_model(graph: Graph) -> openvino.Model:
 @contextlib.contextmanager
 def _tracing(graph: Graph, target: str) -> Iterator[None]:
     """Without what the libraries print and log on the way; what fails becomes an error for users."""
-    level, verbosity = logging.root.manager.disable, transformers_logging.get_verbosity()
+    level, silence = logging.root.manager.disable, io.StringIO()
     try:
-        silence = io.StringIO()
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence), warnings.catch_warnings(), torch.no_grad():
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             yield
@@ -80,7 +78,6 @@ def _tracing(graph: Graph, target: str) -> Iterator[None]:
         ) from error
     finally:
         logging.disable(level)
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _axes(graph: Graph) -> Iterator[tuple[str, torch.Size, Mapping[int, str]]]:

@@ -37,9 +37,9 @@ def answer(client: str, *arguments: object) -> Any:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def asked(adapter: Path, prompt: str) -> Any:
+def asked(adapter: Path, prompt: str, *arguments: str) -> Any:
     """The prediction of `peftkit infer`."""
-    return run_cli("infer", "--adapter", adapter, "--prompt", prompt, "--json", "--max-new-tokens", "8").json["prediction"]
+    return run_cli("infer", "--adapter", adapter, "--prompt", prompt, "--json", *arguments).json["prediction"]
 
 
 def is_proven(record: dict[str, Any]) -> bool:
@@ -66,10 +66,12 @@ def prompt_run(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def classifier(cls_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classifier as an int8 file, with the metrics before and after."""
+    """The classifier in 8 bits, with the metrics before and after; its weights lie beside the graph, as large ones do."""
     output = tmp_path_factory.mktemp("classifier") / "out"
     rows = cls_run.parent / "test.jsonl"
-    export(cls_run, output, "--target", "onnx", "--set", "quantization=int8", "--set", f"data={rows}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftkit.engine.onnx_export._LARGEST_BYTES", 1000)
+        export(cls_run, output, "--target", "onnx", "--set", "quantization=int8", "--set", f"data={rows}")
     return output
 
 
@@ -79,6 +81,7 @@ def test_a_quantised_classifier_tells_what_it_costs(classifier: Path) -> None:
     assert "tolerance" not in numbers
     assert {"agreement", "accuracy_before", "accuracy_after", "loss_before", "loss_after"} <= set(numbers)
     assert numbers["loss_before"] != numbers["loss_after"]
+    assert (classifier / "model.onnx").stat().st_size < (classifier / "model.onnx.data").stat().st_size
 
 
 def test_a_classifier_names_the_classes_without_torch(classifier: Path, cls_run: Path) -> None:
@@ -99,18 +102,23 @@ def test_a_language_model_writes_with_its_cache_and_without_torch(lm_run: Path, 
     assert is_proven(record)
     assert record["check"]["numbers"]["agreement"] == 1
     for row in instruction_rows(3):
-        assert answer(WRITER, tmp_path / "out", row["instruction"], 8).strip() == asked(lm_run, row["instruction"])
+        prompt = row["instruction"]
+        assert answer(WRITER, tmp_path / "out", prompt, 8).strip() == asked(lm_run, prompt, "--max-new-tokens", "8")
 
 
 def test_an_encoder_decoder_shares_its_weights_in_one_decoder(s2s_run: Path, tmp_path: Path) -> None:
     (record,) = export(s2s_run, tmp_path / "out", "--target", "onnx")
     assert is_proven(record)
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.onnx")) == ["decoder_model_merged.onnx", "encoder_model.onnx"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.onnx")) == [
+        "decoder_model_merged.onnx",
+        "encoder_model.onnx",
+    ]
     weights = (s2s_run.parent / "merged", tmp_path / "out/decoder_model_merged.onnx")
     assert run_cli("merge", "--adapter", s2s_run, "--output", weights[0]).code == 0
     assert weights[1].stat().st_size < (weights[0] / "model.safetensors").stat().st_size
     for row in instruction_rows(3):
-        assert answer(TRANSLATOR, tmp_path / "out", row["instruction"], 8).strip() == asked(s2s_run, row["instruction"])
+        prompt = row["instruction"]
+        assert answer(TRANSLATOR, tmp_path / "out", prompt, 8).strip() == asked(s2s_run, prompt, "--max-new-tokens", "8")
 
 
 def test_virtual_tokens_become_constants_of_the_graph(prompt_run: Path, tmp_path: Path) -> None:

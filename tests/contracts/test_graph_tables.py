@@ -24,8 +24,8 @@ MODELS = {
         "llama", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi", "qwen2", "qwen3", "qwen3_moe",
     ),
     "SEQ_CLS": (
-        "albert", "bart", "bert", "deberta-v2", "distilbert", "electra", "gpt2", "llama", "modernbert", "mpnet", "roberta", "t5",
-        "xlnet",
+        "albert", "bart", "bert", "deberta-v2", "distilbert", "electra", "gpt2", "llama", "modernbert", "mpnet",
+        "roberta", "t5", "xlnet",
     ),
     "TOKEN_CLS": ("deberta-v2", "llama", "modernbert"),
     "QUESTION_ANS": ("llama", "roberta"),
