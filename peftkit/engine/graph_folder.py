@@ -11,6 +11,7 @@ from torch import nn
 
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.adapter import base_of_adapted
+from peftkit.engine.facts import read_mapping
 from peftkit.engine.graph_clients import DecodingClient, Session, SinglePassClient
 from peftkit.engine.graph_proof import answers_of, check_answers, check_outputs
 from peftkit.engine.graphs import Graph, examples_batch, graphs_of
@@ -20,6 +21,7 @@ from peftkit.engine.parity import RENDERINGS, check_renderings
 from peftkit.errors import CertificateError, PeftkitError
 from peftkit.exports.base import Check, Form, Material
 from peftkit.exports.graph_options import task_number
+from peftkit.run import write_json
 from peftkit.tasks import TASKS
 
 _COPIED = ("generation_config.json", RENDERINGS)
@@ -51,12 +53,20 @@ def write_companions(material: Material, model: nn.Module, folder: Path) -> None
     base: Any = base_of_adapted(model)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(folder)
-    material.runtime.tokenizer.save_pretrained(folder)
+    _write_tokenizer(material.runtime.tokenizer, folder)
     for name in _COPIED:
         if (material.subject.folder / name).is_file():
             (folder / name).write_bytes((material.subject.folder / name).read_bytes())
     task = TASKS[material.subject.task]
     check_renderings(folder, task.runtime(read_tokenizer(str(folder)), material.runtime.settings))
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer, its chat template in both places: transformers.js (4) looks into tokenizer_config.json alone."""
+    tokenizer.save_pretrained(folder)
+    if tokenizer.chat_template:
+        config = read_mapping(folder / "tokenizer_config.json")
+        write_json(folder / "tokenizer_config.json", config | {"chat_template": tokenizer.chat_template})
 
 
 def client_of(sessions: Mapping[str, Session], model: nn.Module, material: Material) -> Client:

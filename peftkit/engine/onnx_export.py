@@ -69,17 +69,18 @@ def _save(model: onnx_ir.Model, path: Path) -> None:
 
 def _quantise(path: Path) -> None:
     """Weights of matrix products in 8 bits, one scale for each column; activations are quantised as they come."""
+    import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    root, external = logging.getLogger(), list(path.parent.glob(f"{path.name}_data"))
-    level = root.level
-    root.setLevel(logging.ERROR)  # at each call it advises to preprocess the model
-    with tempfile.TemporaryDirectory(prefix="peftkit-onnx-", dir=path.parent) as place:
-        source = Path(place) / path.name
-        for part in (path, *external):
-            part.rename(source.with_name(part.name))
-        quantize_dynamic(source, path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=bool(external))
-    root.setLevel(level)
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)  # at each call it advises to preprocess the model
+    with tempfile.TemporaryDirectory(prefix="peftkit-onnx-") as place:
+        result = Path(place) / path.name
+        quantize_dynamic(path, result, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True)
+        for part in path.parent.glob(f"{path.name}*"):
+            part.unlink()
+        _save(onnx_ir.load(result), path)
+    logging.root.setLevel(level)
 
 
 def check(material: Material, options: OnnxOptions, folder: Path) -> Check:
