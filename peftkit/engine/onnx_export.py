@@ -77,9 +77,11 @@ def _quantise(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="peftkit-onnx-") as place:
         result = Path(place) / path.name
         quantize_dynamic(path, result, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True)
-        for part in path.parent.glob(f"{path.name}*"):
-            part.unlink()
-        _save(onnx_ir.load(result), path)
+        quantised = onnx_ir.load(result)
+        onnx_ir.external_data.load_to_model(quantised)
+    for part in path.parent.glob(f"{path.name}*"):
+        part.unlink()
+    _save(quantised, path)
     logging.root.setLevel(level)
 
 
