@@ -72,9 +72,12 @@ def _tracing(graph: Graph, target: str) -> Iterator[None]:
             yield
     except Exception as error:  # whatever a model's code and two compilers can raise
         raise_if_exhausted(error)
+        cause = error
+        while isinstance(cause.__cause__, Exception):  # torch wraps it in a page of advice
+            cause = cause.__cause__
         name = type(base_of_adapted(graph.module.model)).__name__  # type: ignore[arg-type]
         raise RecipeError(
-            f"--target {target}: {name} cannot be traced ({graph.name}): {type(error).__name__}: {first_line(error)}"
+            f"--target {target}: {name} cannot be traced ({graph.name}): {type(cause).__name__}: {first_line(cause)}"
         ) from error
     finally:
         logging.disable(level)
@@ -105,6 +108,10 @@ def _name_axes(model: onnx_ir.Model, graph: Graph) -> None:
         value = inputs[name]
         assert value.shape is not None
         for axis, meaning in free.items():
+            if isinstance(value.shape[axis], int):
+                raise RecipeError(
+                    f"--target onnx: {graph.name}: `{name}` would have a fixed {meaning}: its code cannot be traced"
+                )
             names.setdefault(str(value.shape[axis]), meaning)
         value.shape = onnx_ir.Shape([free.get(axis, size) for axis, size in enumerate(value.shape)])
     for value in model.graph.outputs:

@@ -208,7 +208,7 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tens
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(1) - 1]  # `len` would be fixed in a graph
     seen = mask[:, :, None].bool()
     if pooling == "max":
         return hidden.masked_fill(~seen, -math.inf).amax(1)
