@@ -168,6 +168,7 @@ class _Rows:
         self.session = client.first
 
     def next_logits(self) -> np.ndarray:
+        """Logits (B, V) of the next token."""
         positions = _positions(self.known["attention_mask"])[:, -self.ids.shape[1] :]
         self.known |= {"input_ids": self.ids, "position_ids": positions}
         outputs = self.session(self.known)
@@ -176,6 +177,7 @@ class _Rows:
         return logits
 
     def append(self, tokens: np.ndarray) -> None:
+        """A token (B,) for each row."""
         mask = self.known["attention_mask"]
         self.known["attention_mask"] = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], axis=1)
         self.ids = tokens[:, None] if self.is_cached else np.concatenate([self.ids, tokens[:, None]], axis=1)
@@ -196,12 +198,14 @@ class _OwnDecoder:
         self.session = client.first
 
     def next_logits(self) -> np.ndarray:
+        """Logits (B, V) of the next token."""
         outputs = self.session(self.known)
         self.known |= _as_past(outputs)
         logits: np.ndarray = outputs["logits"][:, -1].astype(np.float32)
         return logits
 
     def append(self, tokens: np.ndarray) -> None:
+        """A token (B,) for each row."""
         self.known |= {"input_ids": tokens[:, None].astype(np.int64), "use_cache_branch": np.array([True])}
         self.session = self.client.later
 
