@@ -7,7 +7,7 @@ of that kind is not guessed from its text: the pieces must put together again wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Messages = Sequence[dict[str, str]]
 Render = Callable[[Messages, bool], str]  # messages, whether the generation prompt is added
@@ -55,8 +55,12 @@ class Pieces:
     def without(self, beginning: str) -> Pieces:
         """The same without what every text begins with (BOS, where an engine adds it)."""
         system = self.system and (self.system[0].removeprefix(beginning), self.system[1])
-        start = self.start.removeprefix(beginning)
-        return Pieces(start, system, self.user, self.assistant, self.generation, self.system_opens_user)
+        changed = replace(self, start=self.start.removeprefix(beginning), system=system)
+        if self.start or not self.user[0].startswith(beginning):
+            return changed
+        # Llama 2 begins every turn with it: what follows an answer then ends with it.
+        user, answered = self.user[0].removeprefix(beginning), self.assistant[1] + beginning
+        return replace(changed, user=(user, self.user[1]), assistant=(self.assistant[0], answered))
 
     def go(self) -> str:
         """The Go template, which reads the `.Messages` that Ollama hands it."""
@@ -115,7 +119,7 @@ def _with_system(render: Render, pieces: Pieces, user: dict[str, str]) -> Pieces
     after = _around(rest, user)[0]
     opens = not after.endswith(pieces.user[0])
     after = after if opens else after[: len(after) - len(pieces.user[0])]
-    return Pieces(pieces.start, (before, after), pieces.user, pieces.assistant, pieces.generation, opens)
+    return replace(pieces, system=(before, after), system_opens_user=opens)
 
 
 def _prove(render: Render, pieces: Pieces) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from peftkit.exports.base import Exporter, Finding
 from peftkit.exports.gguf import GgufOptions, lint_gguf
+from peftkit.exports.llama_cpp import find_go
 from peftkit.exports.subject import Subject
 from peftkit.section import PositiveInt
 
@@ -20,11 +21,13 @@ class OllamaOptions(GgufOptions):
     from_model: str | None = Field(None, description="With `form: adapter`: the base in Ollama, a name or a GGUF file.")
     name: str = Field("adapter", pattern=r"^[\w.\-/:]+$", description="What the model is called in Ollama.")
     num_ctx: PositiveInt | None = Field(None, description="Context in tokens; default: the model's, at most 8,192.")
-    go: str | None = Field(None, description="The `go` program, by which the template is checked; default: on the path.")
+    go: str | None = Field(None, description="The `go` program, which renders the template; `none`: nothing does.")
 
 
 def _lint(subject: Subject, options: OllamaOptions) -> Iterator[Finding]:
     yield from lint_gguf(subject, options)
+    if options.go not in (None, "none") and find_go(options.go) is None:
+        yield Finding(True, f"there is no program {options.go}", "leave it out where there is no Go")
     if options.form == "adapter" and options.from_model is None:
         yield Finding(True, "Ollama puts an adapter onto a base of its own", "name that with `--set from_model=NAME_OR_FILE`")
     if options.form == "merged" and options.from_model is not None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from peftkit.exports import gguf_torch
 from peftkit.exports.base import Check, Material
 from peftkit.exports.gguf_torch import ADAPTER, MODEL, begins_with_bos
 from peftkit.exports.go_template import Messages, Pieces, UnlikePiecesError, find_pieces
+from peftkit.exports.llama_cpp import find_go
 from peftkit.exports.ollama import MOST_CONTEXT, OllamaOptions
 from peftkit.exports.renderings import asked_with, kept_renderings
 
@@ -29,7 +28,7 @@ def write(material: Material, options: OllamaOptions, folder: Path) -> None:
     pieces = _pieces(material)
     gguf_torch.write(material, options, folder)
     own = f"FROM ./{MODEL}" if options.form == "merged" else f"FROM {options.from_model}\nADAPTER ./{ADAPTER}"
-    lines = [own, *_template_lines(pieces), *_parameters(material, options, pieces)]
+    lines = [own, *_template_lines(pieces, _beginning(material)), *_parameters(material, options, pieces)]
     if system := material.subject.facts.get("system_prompt"):
         lines.append(f'SYSTEM """{system}"""')
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -41,14 +40,14 @@ def check(material: Material, options: OllamaOptions, folder: Path) -> Check:
     pieces = _pieces(material)
     if found.passed is False or pieces is None:
         return found
-    rendered = _check_template(material, options, pieces)
+    rendered = _check_template(material, options, pieces.without(_beginning(material)))
     clients = " and ".join(check.client for check in (found, rendered) if check.client) or None
     passed = False if rendered.passed is False else True if clients else None
     return dataclasses.replace(found, client=clients, passed=passed, detail=f"{found.detail}; {rendered.detail}")
 
 
 def _pieces(material: Material) -> Pieces | None:
-    """The chat template in pieces, proven on rows of training, without the BOS that llama.cpp adds; None: there is none.
+    """The chat template in pieces; None: there is none.
 
     Raises:
         RecipeError: it cannot be put into a Go template of pieces.
@@ -73,12 +72,18 @@ def _pieces(material: Material) -> Pieces | None:
     except UnlikePiecesError as error:
         what = "--target ollama: the chat template cannot be put into Ollama's Go template: it"
         raise RecipeError(f"{what} {error}; use the target `gguf`, whose file holds the template as it is") from error
-    return pieces.without(tokenizer.bos_token or "") if begins_with_bos(subject.folder, tokenizer) else pieces
+    return pieces
 
 
-def _template_lines(pieces: Pieces | None) -> list[str]:
+def _beginning(material: Material) -> str:
+    """What llama.cpp puts in front of every text, so that the template must not."""
+    tokenizer = AutoTokenizer.from_pretrained(material.subject.folder)
+    return str(tokenizer.bos_token) if begins_with_bos(material.subject.folder, tokenizer) else ""
+
+
+def _template_lines(pieces: Pieces | None, beginning: str) -> list[str]:
     """The template's line; without one, prompts are texts to go on with."""
-    template = pieces.go() if pieces else "{{ .Prompt }}"
+    template = pieces.without(beginning).go() if pieces else "{{ .Prompt }}"
     if '"""' in template:
         raise RecipeError("--target ollama: the chat template has three quotation marks, which end a text in a Modelfile")
     return [f'TEMPLATE """{template}"""']
@@ -108,15 +113,13 @@ def _check_template(material: Material, options: OllamaOptions, pieces: Pieces) 
     conversations = [
         [{"role": item["role"], "content": item["content"] or ""} for item in asked[number]["messages"]] for number in plain
     ]
-    tokenizer = material.runtime.tokenizer
-    bos = tokenizer.bos_token or "" if begins_with_bos(material.subject.folder, tokenizer) else ""
-    expected = [rows[number]["generation_prompt"].removeprefix(bos) for number in plain]
+    expected = [rows[number]["generation_prompt"].removeprefix(_beginning(material)) for number in plain]
     if [pieces.render(messages) for messages in conversations] != expected:
         return Check("peftkit", False, "the Modelfile's template renders other prompts than training")
-    program = options.go or shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
+    program = find_go(options.go)
     if program is None:
         return Check.not_here("the Modelfile's template, for want of `go`; nor was Ollama asked")
-    version, rendered = _run_go(program, pieces.go(), conversations, material.work_dir / "go.json")
+    version, rendered = run_go(program, pieces.go(), conversations, material.work_dir / "go.json")
     if rendered != expected:
         return Check(version, False, "the Modelfile's template renders other prompts than training")
     return Check(
@@ -124,7 +127,7 @@ def _check_template(material: Material, options: OllamaOptions, pieces: Pieces) 
     )
 
 
-def _run_go(program: str, template: str, conversations: list[Any], path: Path) -> tuple[str, list[str]]:
+def run_go(program: str, template: str, conversations: list[Any], path: Path) -> tuple[str, list[str]]:
     """Go's version, and what its text/template makes of conversations."""
     path.write_text(json.dumps({"Template": template, "Conversations": conversations}), encoding="utf-8")
     try:
