@@ -96,7 +96,8 @@ class SharedMaterial:
         config = load_config(base)
         base = dataclasses.replace(base, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
         if stored := stored_quantization(config.to_dict()):
-            quantization = dataclasses.replace(stored, compute_dtype=base.dtype)
+            saved = config.to_dict()["quantization_config"].get("bnb_4bit_compute_dtype") or base.dtype
+            quantization = dataclasses.replace(stored, compute_dtype=saved)
         elif quantization is not None:
             heads = tuple(head_modules(meta_model(base, config), base.task))
             quantization = dataclasses.replace(quantization, skip_modules=heads)

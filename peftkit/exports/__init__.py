@@ -7,6 +7,6 @@ from collections.abc import Mapping
 from peftkit.exports.base import Exporter
 from peftkit.table import Table
 
-_TARGETS = ("safetensors", "gguf", "vllm", "sglang", "onnx", "openvino")
+_TARGETS = ("safetensors", "gguf", "vllm", "sglang", "ollama", "onnx", "openvino")
 
 EXPORTS: Mapping[str, Exporter] = Table({name: f"peftkit.exports.{name}:{name.upper()}" for name in _TARGETS})

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from peftkit.exports.base import Exporter, Finding, Form
 from peftkit.exports.gguf_vocab import UnknownTokenizerError, pre_tokenizer_name
+from peftkit.exports.llama_cpp import find_client
 from peftkit.exports.lora import lora_findings
 from peftkit.exports.subject import Subject
 from peftkit.section import Section
@@ -39,7 +40,9 @@ class GgufOptions(Section):
     form: Form = Field("merged", description="adapter: a LoRA that llama.cpp puts onto a GGUF of the base (`--lora`).")
     dtype: GgufType = Field("auto", description="Type of matrices; auto: the base's. Below q8_0 only with `llama_cpp`.")
     llama_cpp: str | None = Field(None, description="Folder of llama.cpp, for models and types that are not written here.")
-    client: str | None = Field(None, description="Folder whose node_modules has node-llama-cpp, which reads the file back.")
+    client: str | None = Field(
+        None, description="Folder whose node_modules has node-llama-cpp, which reads the file back; `none`: nothing does."
+    )
 
 
 def rope_of(model: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +54,8 @@ def rope_of(model: dict[str, Any]) -> dict[str, Any]:
 
 def lint_gguf(subject: Subject, options: Any) -> Iterator[Finding]:
     """What llama.cpp would say, or what cannot be written; for `gguf` and what is built on it."""
+    if options.client not in (None, "none") and find_client(options.client)[0] is None:
+        yield Finding(True, find_client(options.client)[1])
     if options.form == "adapter":
         yield from lora_findings(subject, "llama.cpp", takes_embeddings=False)
     if options.llama_cpp is not None:

@@ -21,6 +21,7 @@ from peftkit.exports.gguf import ARCHITECTURES, WRITTEN_HERE, GgufOptions, find_
 from peftkit.exports.gguf_vocab import read_vocabulary
 from peftkit.exports.llama_cpp_torch import check_with_llama_cpp
 from peftkit.exports.lora_torch import read_layers, uniform
+from peftkit.exports.renderings import kept_renderings
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 _DTYPES: dict[str, Dtype] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float32"}
@@ -225,9 +226,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, source: Path, config: dict[str, Any
         writer.add_add_space_prefix(vocabulary.add_space_prefix)
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
-    writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id])
+    writer.add_add_bos_token(begins_with_bos(source, tokenizer))
+    writer.add_add_eos_token(False)  # an answer follows every prompt
     for add, number in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
@@ -239,6 +239,16 @@ def _add_vocabulary(writer: gguf.GGUFWriter, source: Path, config: dict[str, Any
             add(number)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def begins_with_bos(source: Path, tokenizer: Any) -> bool:
+    """Whether texts begin with BOS as they did in training or, where no rows of it are kept, by the tokenizer's own rule.
+
+    llama.cpp adds it, or not, whatever the chat template writes.
+    """
+    rows = kept_renderings(source)
+    ids = rows[0]["input_ids"][0] if rows else tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def _turn_end(source: Path, tokenizer: Any) -> int | None:

@@ -16,7 +16,7 @@ class ServingOptions(Section):
 
     form: Form = Field("adapter", description="merged: one model, for adapters that the server does not take.")
     dtype: Dtype = Field("auto", description="Dtype of a merged model's weights; auto: the base's.")
-    name: str = Field("adapter", pattern=r"[\w.\-]+", description="What clients ask for as their model.")
+    name: str = Field("adapter", pattern=r"^[\w.\-]+$", description="What clients ask for as their model.")
 
 
 def base_findings(subject: Subject, options: ServingOptions) -> Iterator[Finding]:
