@@ -271,6 +271,10 @@ class Run:
         """What `peftkit report` says of the run, one HTML file."""
         return self.dir / "report.html"
 
+    def export_dir(self, target: str) -> Path:
+        """What `peftkit export` writes for a target."""
+        return self.dir / "exports" / target
+
     def evaluation_paths(self, split: str) -> tuple[Path, Path]:
         """Metrics and predictions of a split."""
         folder = self.dir / "evaluations"

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
+from peftkit.adapters import adapter_folder
 from peftkit.engine.convert import check_convertible, convert_adapter
 from peftkit.engine.facts import read_facts
 from peftkit.engine.guard import explain_exhaustion, rebuilding_text
 from peftkit.engine.in_files import weights_in_files
-from peftkit.engine.loaded import CPU, adapter_folder, load_adapter
+from peftkit.engine.loaded import CPU, load_adapter
 from peftkit.engine.scoring import read_examples, score
 from peftkit.errors import RecipeError
 

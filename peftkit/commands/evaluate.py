@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from peftkit import console
+from peftkit.adapters import adapter_folder
 from peftkit.engine.audit import identify
 from peftkit.engine.data import encode_rows
 from peftkit.engine.evaluate import evaluation_lines, write_evaluation
@@ -18,7 +19,7 @@ from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.forgetting import Texts, measure_forgetting, read_texts
 from peftkit.engine.guard import answering_remedies, explain_exhaustion, memory_text
 from peftkit.engine.harness import require_harness, run_harness
-from peftkit.engine.loaded import LoadedAdapter, adapter_folder, load_adapter
+from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.measure import Measured, Rows, compare_with_base, measure
 from peftkit.engine.prepare import same_row, split_rows
 from peftkit.engine.questions import questions_of

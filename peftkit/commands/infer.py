@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
+from peftkit.adapters import adapter_folder
 from peftkit.engine.data import encode_rows
 from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.generate import (
@@ -25,7 +26,7 @@ from peftkit.engine.generate import (
     prompt_row,
 )
 from peftkit.engine.guard import answering_remedies, explain_exhaustion, memory_text
-from peftkit.engine.loaded import LoadedAdapter, adapter_folder, load_adapter
+from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.sources import read_rows, sound_rows
 from peftkit.engine.unfinished import UnfinishedAnswers, fingerprint
 from peftkit.errors import RecipeError, Stopped

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
+from peftkit.adapters import adapter_folder
 from peftkit.engine.facts import read_facts
 from peftkit.engine.guard import explain_exhaustion, rebuilding_text
 from peftkit.engine.in_files import weights_in_files
-from peftkit.engine.loaded import CPU, LoadedAdapter, adapter_folder, load_adapter
+from peftkit.engine.loaded import CPU, LoadedAdapter, load_adapter
 from peftkit.engine.merge import Wanted, check_mergeable, check_shard_size, dtype_of_base, merge_adapter
 from peftkit.engine.onto import CHOICES, load_alone, merge_onto, why_not_onto
 from peftkit.engine.scoring import alone_like, deciding_metric, read_examples, score

@@ -30,6 +30,7 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]  # peft is untyped here
     """`peft.PeftModel`, with the base model's own forward and generate, and `task_ids` for methods that learn several tasks."""
 
     task_ids: torch.Tensor | None = None
+    only_task: int | None = None  # number of the task of rows that come without `task_ids`
     prompts_off = False
     prompt_states: torch.Tensor | None = None  # (B, tokens, D), for CPT's loss on its own context
 
@@ -98,7 +99,7 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]  # peft is untyped here
     def tasks_of(self, batch_size: int) -> torch.Tensor | None:
         """`task_ids` for a batch that beams may have made larger."""
         if self.task_ids is None:
-            return None
+            return None if self.only_task is None else torch.full((batch_size,), self.only_task)
         return self.task_ids.repeat_interleave(batch_size // len(self.task_ids))
 
 

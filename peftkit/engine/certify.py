@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkit.adapters import TENSORS
 from peftkit.engine.adapter import read_tensors
-from peftkit.engine.facts import TENSORS, AdapterFacts
+from peftkit.engine.facts import AdapterFacts
 from peftkit.engine.hardware import autocast, process_device
 from peftkit.engine.model import load_base_model, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings

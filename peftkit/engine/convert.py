@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel, convert_to_lora
 from safetensors.torch import save_file
 
+from peftkit.adapters import FACTS, TENSORS
 from peftkit.engine.adapter import adapter_state
 from peftkit.engine.certify import largest_difference, reference_logits, scale_of
-from peftkit.engine.facts import FACTS, TENSORS
 from peftkit.engine.loaded import LoadedAdapter, with_full_weights
 from peftkit.engine.merge import own_probes, read_before_loading, stored_layers
 from peftkit.engine.model import load_base_model, set_pad_token

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkit.adapters import CONFIG, FACTS, TENSORS
 from peftkit.engine.adapter import read_tensors
 from peftkit.engine.model import Base
 from peftkit.engine.sources import computed_columns
@@ -19,8 +20,6 @@ from peftkit.recipe.quantization import Quantization
 from peftkit.run import write_text
 from peftkit.tasks import TASKS
 from peftkit.tasks.encoding import Encoding
-
-FACTS, CONFIG, TENSORS = "peftkit.json", "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkit.adapters import FACTS, adapter_folder
 from peftkit.engine.adapted import AdaptedModel
-from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
+from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast, process_device
 from peftkit.engine.in_files import Keep, cast, in_memory
 from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
@@ -98,23 +99,6 @@ class LoadedAdapter:
         """No gradients, and the autocast of training."""
         with torch.inference_mode(), autocast(self.device.type, self.facts.mixed_precision):
             yield
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter folder of a run directory, or the path itself.
-
-    Raises:
-        LoadError: there is neither.
-    """
-    if not path.is_dir():
-        raise LoadError(f"there is no run directory or adapter folder `{path}`")
-    if (path / "adapter").is_dir():
-        return path / "adapter"
-    if (path / "resolved.yaml").is_file():
-        raise LoadError(
-            f"the run {path} has no adapter yet: its training did not end; `peftkit train --resume --output {path}`"
-        )
-    return path
 
 
 def load_adapter(

@@ -51,6 +51,7 @@ class Method:
         not_mergeable: why it can never be merged into the base model; empty where it can.
         not_mergeable_with: reason why this section (or PEFT config: the fields are the same) in particular cannot be merged, or
             an empty string.
+        not_one_graph: why base and adapter cannot be traced as one graph for other engines; empty where they can.
         not_packable_with: reason why packed rows would see each other under this section in particular, or an empty string;
             `why_not_packed` adds what follows from other facts.
         several_adapters: whether one base model can hold several of its adapters.
@@ -122,6 +123,7 @@ class Method:
     not_quantized_with: Callable[[Any, Layers], Iterator[tuple[str, str]]] = lambda section, layers: iter(())
     not_mergeable: str = ""
     not_mergeable_with: Callable[[Any], str] = lambda section: ""
+    not_one_graph: str = ""
     not_packable_with: Callable[[Any], str] = lambda section: ""
     several_adapters: bool = True
     mixed_batches: bool = False

@@ -37,6 +37,7 @@ LILY = Method(
     kind="weights",
     peft_config="LilyConfig",
     not_mergeable="its router mixes the factors by the input",
+    not_one_graph="its router looks at all tokens of a pass, so that a cache or padding would change the answer",
     targets="query_value",
     linear_only=True,
     other_layers=("torchao",),

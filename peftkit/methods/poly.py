@@ -47,6 +47,7 @@ POLY = Method(
     kind="weights",
     peft_config="PolyConfig",
     not_mergeable="its weights differ from task to task",
+    not_one_graph="its router looks at the numbers of the tasks while it runs (peft 0.21)",
     targets="query_value",
     linear_only=True,
     num_tasks_field="n_tasks",

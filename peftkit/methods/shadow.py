@@ -81,6 +81,7 @@ SHADOW = Method(
     model_kinds=("decoder",),
     why_not="it rides along a decoder's stack of layers, and its small model is a decoder",
     not_mergeable="its corrections depend on the input, so no weights amount to them",
+    not_one_graph="its second stack of layers has a cache of its own, for which clients have no inputs",
     other_layers=("torchao", "hqq"),
     learning_rate=1e-3,
     learning_rate_source="ours, one seed: 80 steps of a 5.4M-parameter Llama on answers in capitals, held-out loss "

@@ -164,6 +164,10 @@ class Runtime(Protocol):
         """Outputs of a batch: logits (B, T, V), (N, T, C) or (B, C), or vectors (N, D)."""
         ...
 
+    def graph_outputs(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
+        """What an exported graph gives for model inputs, by name, in float32; for tasks that generate no text."""
+        ...
+
     def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
         """The model's arguments for a batch, none of which makes it compute a loss; for tasks that learn tokens."""
         ...

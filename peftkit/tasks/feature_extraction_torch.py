@@ -85,9 +85,15 @@ class Runtime(BaseRuntime):
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """Vectors (N, D) in float32, of length 1 under `normalize`."""
-        hidden = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).last_hidden_state
-        vectors = pooled(hidden.float(), batch["attention_mask"], self.embedding.pooling)
-        return functional.normalize(vectors, dim=-1) if self.embedding.normalize else vectors
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self.graph_outputs(model, inputs)["sentence_embedding"]
+
+    def graph_outputs(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
+        """Hidden states (N, T, D) and, pooled and normalised as the adapter was trained, vectors (N, D)."""
+        hidden = model(**inputs).last_hidden_state.float()
+        vectors = pooled(hidden, inputs["attention_mask"], self.embedding.pooling)
+        vectors = functional.normalize(vectors, dim=-1) if self.embedding.normalize else vectors
+        return {"last_hidden_state": hidden, "sentence_embedding": vectors}
 
     def join_labels(self, labels: Sequence[torch.Tensor]) -> torch.Tensor:
         """One batch's labels after the other's, their rows counted on."""
@@ -202,7 +208,7 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tens
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(1) - 1]  # `len` would be fixed in a graph
     seen = mask[:, :, None].bool()
     if pooling == "max":
         return hidden.masked_fill(~seen, -math.inf).amax(1)

@@ -151,6 +151,11 @@ class Runtime(BaseRuntime):
         output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
+    def graph_outputs(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
+        """Logits (N, T) of starts, and of ends."""
+        output = model(**inputs)
+        return {"start_logits": output.start_logits.float(), "end_logits": output.end_logits.float()}
+
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Sum over windows of the mean cross-entropy of start and end. Logits (N, T, 2), labels (N, 3)."""
         return _window_losses(logits, labels).sum()

@@ -71,6 +71,10 @@ class BaseRuntime:
         logits: torch.Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return logits
 
+    def graph_outputs(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
+        """The model's logits."""
+        return {"logits": model(**inputs).logits.float()}
+
     def inputs(self, model: Any, batch: Batch) -> dict[str, Any]:
         """Most tasks learn no tokens."""
         raise TypeError("this task learns no tokens")

@@ -208,7 +208,7 @@ UNMERGED_HERE = {("beft", "llama"): "no bias", ("beft", "t5"): "no bias"}
 
 def run_cell(cell: Cell, models_dir: Path, folder: Path) -> None:
     """One cell: it works, or `validate` refuses it and says why."""
-    experts = _experts(cell, models_dir, folder) if "adapters" in cell.facts.section.model_fields else None
+    experts = experts_of(cell, models_dir, folder) if "adapters" in cell.facts.section.model_fields else None
     recipe = write_recipe(cell, models_dir, folder, experts)
     reason = refusal(recipe)
     if reason:
@@ -218,7 +218,7 @@ def run_cell(cell: Cell, models_dir: Path, folder: Path) -> None:
     check_cell(cell, recipe, folder)
 
 
-def _experts(cell: Cell, models_dir: Path, folder: Path) -> list[str]:
+def experts_of(cell: Cell, models_dir: Path, folder: Path) -> list[str]:
     """Two trained LoRA adapters of the cell's task and model."""
     runs = []
     for number in range(2):
