@@ -34,9 +34,10 @@ def lora_findings(subject: Subject, engine: str, *, takes_embeddings: bool, head
     """
     method = subject.known_method
     if subject.method != "lora":
-        convertible = method is not None and method.to_lora
-        other = "`peftkit convert` it to a LoRA, or " if convertible else ""
-        yield Finding(True, f"{engine} takes LoRA adapters; this one is of the method {subject.method}", other + MERGE)
+        ways = ["`peftkit convert` it to a LoRA"] if method is not None and method.to_lora else []
+        ways += [] if any(subject.why_not_merged()) else [MERGE]
+        remedy = " or ".join(ways) or "nothing turns it into one, nor can it be merged: serve it by peftkit or PEFT"
+        yield Finding(True, f"{engine} takes LoRA adapters; this one is of the method {subject.method}", remedy)
         return
     config = subject.adapter
     for name, what in _SETTINGS.items():

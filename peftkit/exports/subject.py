@@ -81,7 +81,7 @@ class Subject:
         """Reasons why the adapter cannot be folded into its base."""
         method = self.known_method
         if method is not None and method.not_mergeable:
-            yield f"{method.name} is none of the methods that merge: {method.not_mergeable}"
+            yield method.not_mergeable
         # PEFT writes every field, so that the config can stand in for the section.
         elif method and method.in_peft and (reason := method.not_mergeable_with(_Fields(**self.adapter))):
             yield reason
