@@ -39,6 +39,7 @@ ORDER = (
     "supervise",
     "launch",
     "comparison",
+    "serving",
     "engine",
     "commands",
     "cli",

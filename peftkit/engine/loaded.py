@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.facts import FACTS, AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast, process_device
-from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
+from peftkit.engine.model import Base, load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import bitsandbytes_layers, dequantized
 from peftkit.engine.store import HEAD, load_into
@@ -116,13 +116,22 @@ def adapter_folder(path: Path) -> Path:
     return path
 
 
-def load_adapter(path: Path, base: str | None = None, device: torch.device | None = None) -> LoadedAdapter:
+def load_adapter(
+    path: Path,
+    base: str | None = None,
+    device: torch.device | None = None,
+    *,
+    load_base: Callable[[Base, Encoding], tuple[Any, set[str]]] = load_base_model,
+    put_onto: Callable[[Any, Path, str, set[str]], nn.Module] = load_into,
+) -> LoadedAdapter:
     """Load an adapter and its base.
 
     Args:
         path: run directory or adapter folder.
         base: base model, where the one that the adapter names cannot be found.
         device: where the model shall be; None: on this machine's device. Quantised layers cannot all move later.
+        load_base: gives the base and the names of what its checkpoint lacks.
+        put_onto: puts the adapter of a folder, of a method, onto that.
 
     Raises:
         LoadError: something is missing or does not fit.
@@ -141,14 +150,14 @@ def load_adapter(path: Path, base: str | None = None, device: torch.device | Non
             raise LoadError(f"there is no folder `{source.path}`")
         tokenizer = read_tokenizer(str(folder) if has_tokenizer else source.path, None if has_tokenizer else source.revision)
         check_renderings(folder, TASKS[facts.task].runtime(tokenizer, encoding))
-        model, missing = load_base_model(source, encoding)
+        model, missing = load_base(source, encoding)
     except LoadError as error:
         raise LoadError(f"the base of the adapter {folder}: {error}; where it has moved, name it with --base") from error
     set_pad_token(model, tokenizer)
     limit = position_limit(model.config, tokenizer)
     if limit is not None and limit < encoding.max_length:  # of a plain adapter, which does not say
         encoding = dataclasses.replace(encoding, max_length=limit)
-    adapted: Any = load_into(model, folder, facts.method, missing)
+    adapted: Any = put_onto(model, folder, facts.method, missing)
     torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
     device = device or process_device()
     runtime = TASKS[facts.task].runtime(tokenizer, encoding)
