@@ -131,7 +131,7 @@ class Several:
         require_one_base({name: facts, **{other: named.loaded.facts for other, named in self._named.items()}})
         self._count += 1
         key = f"adapter{self._count}"
-        place = repr((facts.method, facts.base_model(folder))) if is_mixable(folder, facts) else ""
+        place = repr((facts.method, _unseeded(facts.base_model(folder)))) if is_mixable(folder, facts) else ""
         host = self._mixing.get(place)
         if host is not None:
             loaded = self._load_beside(host, path, key)
@@ -191,7 +191,7 @@ class Several:
     def _bare_copy(self, source: Base, encoding: Encoding) -> tuple[Any, set[str]]:
         """A model without adapter that shares its tensors with all others that are equal to it; quantised ones are apart."""
         settings = (encoding.labels, encoding.num_outputs, encoding.problem_type) if source.task.has_head else ()
-        place = repr((source, settings))
+        place = repr((_unseeded(source), settings))
         if place not in self._bare:
             model, missing = load_base_model(source, encoding)
             if getattr(model, "hf_quantizer", None) is not None or source.quantization is not None:
@@ -306,6 +306,11 @@ def with_shared_tensors(model: nn.Module) -> nn.Module:
     """A copy of the modules of a model, around the same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _unseeded(base: Base) -> Base:
+    """The base without the seed of its new head, which adapters bring."""
+    return base if base.init == "random" else dataclasses.replace(base, seed=0)
 
 
 def _share_equal(model: nn.Module, other: nn.Module) -> None:
