@@ -13,7 +13,13 @@ from peftkit.engine.service import Service
 from peftkit.serving.jobs import CHAT, End, Event, Failed, Job, Piece, Predicted, Sampling, Ticket
 from tests.runs import tiny_recipe, train
 
-PROMPTS = ["the cat sat on a mat", "two red birds", "how many apples are left if tom has three", "old", "seven small dogs ran home"]
+PROMPTS = [
+    "the cat sat on a mat",
+    "two red birds",
+    "how many apples are left if tom has three",
+    "old",
+    "seven small dogs ran home",
+]
 # Name -> adapter section; rates at which six steps change what is said.
 LANGUAGE: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "r": 4, "lora_alpha": 16},

@@ -79,7 +79,7 @@ class Service:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._cohorts: list[Cohort] = []
         self._leaving: list[Named] = []
-        self._is_open, self._ends = True, False
+        self._is_open, self._works, self._ends = True, False, False
         self._look_up()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
@@ -144,7 +144,7 @@ class Service:
         deadline = time.monotonic() + grace_seconds
         with self._change:
             self._is_open = False
-            while (self._waiting or self._cohorts) and time.monotonic() < deadline:
+            while (self._works or self._waiting) and time.monotonic() < deadline:
                 self._change.wait(min(0.1, max(0.0, deadline - time.monotonic())))
             num_left = self._num_waiting() + sum(cohort.size for cohort in self._cohorts)
             self._ends = True
@@ -210,10 +210,11 @@ class Service:
             raise Refusal(403, "this server was started without --adapters-dir: it loads no adapters", "not_allowed")
         try:
             folder = (self._adapters_dir / path).resolve()
+            inside = folder.is_relative_to(self._adapters_dir.resolve()) and folder.is_dir()
         except (OSError, ValueError, RuntimeError):
-            folder = Path()
-        if not folder.is_relative_to(self._adapters_dir.resolve()):
-            raise Refusal(403, "`path` must be below the folder of --adapters-dir", "not_allowed", param="path")
+            inside = False
+        if not inside:
+            raise Refusal(403, "`path` names no folder below that of --adapters-dir", "not_allowed", param="path")
         return folder
 
     # What only the model's thread does.
@@ -235,6 +236,7 @@ class Service:
                 calls = [self._calls.popleft() for _ in range(len(self._calls))]
                 if self._ends:
                     break
+                self._works = True
             for call, future in calls:
                 _complete(future, call)
             self._begin()
@@ -353,6 +355,7 @@ class Service:
         """Free the memory of adapters that were removed, as soon as no answer needs them; tell those who wait for an end."""
         with self._change:
             items = [*self._waiting, *(answer for cohort in self._cohorts for answer in cohort.present)]
+            self._works = bool(items)
             self._change.notify_all()
         used = {item.named for item in items}
         for named in [named for named in self._leaving if named not in used]:
