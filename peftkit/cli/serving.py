@@ -42,18 +42,5 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     from peftkit.serving.jobs import Limits
 
     limits = Limits(max_batch, max_waiting, max_tokens, max_body_bytes=max_body_bytes, request_seconds=request_seconds)
-    command.serve(
-        command.Serving(
-            adapters=adapter,
-            base=base,
-            host=host,
-            port=port,
-            api_key_file=api_key_file,
-            adapters_dir=adapters_dir,
-            allows_changes=allow_adapter_changes,
-            limits=limits,
-            grace_seconds=grace_seconds,
-            engine=engine,
-            dry_run=dry_run,
-        )
-    )
+    keys = (api_key_file, adapters_dir, allow_adapter_changes)
+    command.serve(command.Serving(adapter, base, host, port, *keys, limits, grace_seconds, engine, dry_run))

@@ -105,9 +105,10 @@ def _run(options: Serving, key: str | None, service: Engine, place: socket.socke
     allows = options.adapters_dir is not None and (key is not None or options.allows_changes)
     hosts = LOOPBACK if key is None else ()
     app = make_app(service, api_key=key, allows_changes=allows, hosts=hosts)
-    server = Server(app, service, options.grace_seconds)
     host, port = place.getsockname()[:2]
-    console.print_note(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/ (chat page), /v1 (API), /metrics")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    ready = f"serving at {address}/ (chat page), {address}/v1 (API), {address}/metrics"
+    server = Server(app, service, options.grace_seconds, lambda: console.print_note(ready))
     server.run(sockets=[place])
     if server.num_cut_off:
         console.print_note(f"{server.num_cut_off} answers were cut off: --grace-seconds is {options.grace_seconds:g}")

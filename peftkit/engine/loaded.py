@@ -142,6 +142,17 @@ def load_adapter(
     if facts.task not in TASKS:
         raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
     _require_own_virtual_tokens(folder, facts)
+    model, missing, runtime = _load_base(folder, facts, device, load_base)
+    adapted: Any = put_onto(model, folder, facts.method, missing)
+    torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
+    device = device or process_device()
+    return LoadedAdapter(folder, facts, adapted.to(device).eval(), runtime, device, frozenset(missing))
+
+
+def _load_base(
+    folder: Path, facts: AdapterFacts, device: torch.device | None, load_base: Callable[[Base, Encoding], tuple[Any, set[str]]]
+) -> tuple[Any, set[str], Runtime]:
+    """The base, what its checkpoint lacks, and the task with the adapter's tokenizer: of the folder, where it has one."""
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     source = dataclasses.replace(facts.base_model(folder), device=device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -157,11 +168,7 @@ def load_adapter(
     limit = position_limit(model.config, tokenizer)
     if limit is not None and limit < encoding.max_length:  # of a plain adapter, which does not say
         encoding = dataclasses.replace(encoding, max_length=limit)
-    adapted: Any = put_onto(model, folder, facts.method, missing)
-    torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
-    device = device or process_device()
-    runtime = TASKS[facts.task].runtime(tokenizer, encoding)
-    return LoadedAdapter(folder, facts, adapted.to(device).eval(), runtime, device, frozenset(missing))
+    return model, missing, TASKS[facts.task].runtime(tokenizer, encoding)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,20 @@ class Server(uvicorn.Server):
         app: the endpoints.
         engine: the model.
         grace_seconds: longest time to finish; at a second signal there is none.
+        on_ready: called when clients can come.
     """
 
-    def __init__(self, app: Any, engine: Engine, grace_seconds: float) -> None:
+    def __init__(self, app: Any, engine: Engine, grace_seconds: float, on_ready: Callable[[], None] = lambda: None) -> None:
         options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=_LAST_SECONDS, **options))
-        self._engine, self._grace_seconds = engine, grace_seconds
+        self._engine, self._grace_seconds, self._on_ready = engine, grace_seconds, on_ready
         self.signal_number = 0
         self.num_cut_off = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        self._on_ready()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """As a signal handler: uvicorn's own would stop listening at once, and leave new clients without an answer."""

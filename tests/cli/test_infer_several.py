@@ -36,7 +36,9 @@ def test_each_row_of_a_file_chooses_its_adapter(
 ) -> None:
     names = ["ia3", "base", None, "lora", "wide"]
     rows: list[dict[str, Any]] = [{"prompt": text, "id": n} for n, text in enumerate(PROMPTS)]
-    source = write_jsonl(tmp_path / "in.jsonl", [row | ({"adapter": name} if name else {}) for row, name in zip(rows, names)])
+    for row, name in zip(rows, names, strict=True):
+        row.update({"adapter": name} if name else {})
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
     result = cli("infer", *options, "--input", source, "--output", tmp_path / "out.jsonl", "--use", "wide")
     assert result.code == 0, result.err
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
