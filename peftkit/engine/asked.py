@@ -8,10 +8,12 @@ from typing import Any
 from peftkit.engine.generate import file_row
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.rows import with_system_prompt
+from peftkit.engine.several import Named
 from peftkit.errors import DataError
 from peftkit.formats import FORMATS
 from peftkit.formats.base import CanonicalRow, RowError
 from peftkit.formats.messages import messages_of
+from peftkit.serving.jobs import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, ModelFacts
 
 
 def chats(loaded: LoadedAdapter) -> bool:
@@ -59,3 +61,24 @@ def _tasks(loaded: LoadedAdapter, task_id: str | None) -> dict[str, str]:
     if task_id is not None and not loaded.runtime.settings.task_names:
         raise DataError("`task_id` has no effect: this adapter was not trained on several tasks")
     return {} if task_id is None else {"task_id": task_id}
+
+
+def facts_of(named: Named) -> ModelFacts:
+    """What can be asked of an adapter."""
+    loaded = named.loaded
+    limit = loaded.position_limit if loaded.task.generates else loaded.runtime.settings.max_length
+    labels = loaded.runtime.settings.labels
+    return ModelFacts(named.name, loaded.task.name, loaded.facts.method, endpoints(named), labels, limit)
+
+
+def endpoints(named: Named) -> tuple[str, ...]:
+    """Where to ask it, the most fitting first."""
+    loaded = named.loaded
+    if loaded.task.generates:
+        return (CHAT, COMPLETIONS) if chats(loaded) or not loaded.task.uses_chat_template else (COMPLETIONS, CHAT)
+    return (CLASSIFY,) if loaded.task.has_head else (EMBEDDINGS,)
+
+
+def wrong_endpoint(named: Named) -> str:
+    """The same, for those who have asked elsewhere."""
+    return f"`{named.name}` is for {named.loaded.task.name}: ask it at {' or '.join(endpoints(named))}"

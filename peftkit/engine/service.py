@@ -20,25 +20,13 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from peftkit.engine.asked import canonical_row, chats
+from peftkit.engine.asked import canonical_row, endpoints, facts_of, wrong_endpoint
 from peftkit.engine.cohort import Answer, Cohort, must_be_alone
 from peftkit.engine.generate import encode_prompts, generation_config, predict
 from peftkit.engine.guard import is_out_of_memory, reclaim
 from peftkit.engine.several import BASE, Named, Several, require_name
 from peftkit.errors import CertificateError, DataError, LoadError, RecipeError
-from peftkit.serving.jobs import (
-    CHAT,
-    CLASSIFY,
-    COMPLETIONS,
-    EMBEDDINGS,
-    Failed,
-    Job,
-    Limits,
-    ModelFacts,
-    Predicted,
-    Refusal,
-    Ticket,
-)
+from peftkit.serving.jobs import Failed, Job, Limits, ModelFacts, Predicted, Refusal, Ticket
 from peftkit.tasks.example import Example
 
 logger = logging.getLogger(__name__)
@@ -79,6 +67,7 @@ class Service:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._cohorts: list[Cohort] = []
         self._leaving: list[Named] = []
+        self._gone: weakref.WeakSet[Named] = weakref.WeakSet()
         self._is_open, self._works, self._ends = True, False, False
         self._look_up()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -93,7 +82,7 @@ class Service:
 
     def models(self) -> list[ModelFacts]:
         """What it can be asked."""
-        return [_facts_of(named) for named in self._known.values()]
+        return [facts_of(named) for named in self._known.values()]
 
     def load_of_work(self) -> tuple[int, int]:
         """Answers that wait, and answers that are being made."""
@@ -115,8 +104,11 @@ class Service:
         work = list(self._work(ticket, named, job, examples))
         with self._change:
             self._refuse_if_full(len(work))
-            self._waiting.extend(work)
+            is_gone = named in self._gone
+            self._waiting.extend(() if is_gone else work)
             self._change.notify()
+        if is_gone:  # meanwhile; there may be another of this name
+            self.submit(job, ticket)
 
     def load(self, name: str, path: str) -> ModelFacts:
         """Load an adapter from below the folder for that, in place of one of this name.
@@ -127,7 +119,7 @@ class Service:
         folder = self._allowed(path)
         try:
             require_name(name)
-            return _facts_of(self._on_thread(lambda: self._load(name, folder)))
+            return facts_of(self._on_thread(lambda: self._load(name, folder)))
         except (RecipeError, LoadError, DataError, CertificateError) as error:
             raise Refusal(400, str(error), "adapter_not_loaded") from error
 
@@ -166,8 +158,8 @@ class Service:
 
     def _encoded(self, named: Named, job: Job) -> list[Example]:
         loaded = named.loaded
-        if job.endpoint not in _endpoints(named):
-            raise Refusal(400, _wrong_endpoint(named), "wrong_endpoint", param="model")
+        if job.endpoint not in endpoints(named):
+            raise Refusal(400, wrong_endpoint(named), "wrong_endpoint", param="model")
         try:
             rows = [canonical_row(loaded, row, job.task_id) for row in job.rows]
             with self._tokenizing:
@@ -357,10 +349,13 @@ class Service:
             items = [*self._waiting, *(answer for cohort in self._cohorts for answer in cohort.present)]
             self._works = bool(items)
             self._change.notify_all()
-        used = {item.named for item in items}
-        for named in [named for named in self._leaving if named not in used]:
+            used = {item.named for item in items}
+            unused = [named for named in self._leaving if named not in used]
+            self._gone.update(unused)
+        for named in unused:
             self._leaving.remove(named)
-            self._several.release(named)
+            with self._failing_alone(()):
+                self._several.release(named)
 
 
 def _complete(future: Future[Any], call: Callable[[], Any]) -> None:
@@ -379,21 +374,3 @@ def _fail(ticket: Ticket, refusal: Refusal) -> None:
 
 def _too_late(limits: Limits) -> Refusal:
     return Refusal(504, f"not done within {limits.request_seconds:g} s, this server's limit for a request", "timeout")
-
-
-def _facts_of(named: Named) -> ModelFacts:
-    loaded = named.loaded
-    limit = loaded.position_limit if loaded.task.generates else loaded.runtime.settings.max_length
-    labels = loaded.runtime.settings.labels
-    return ModelFacts(named.name, loaded.task.name, loaded.facts.method, _endpoints(named), labels, limit)
-
-
-def _endpoints(named: Named) -> tuple[str, ...]:
-    loaded = named.loaded
-    if loaded.task.generates:
-        return (CHAT, COMPLETIONS) if chats(loaded) or not loaded.task.uses_chat_template else (COMPLETIONS, CHAT)
-    return (CLASSIFY,) if loaded.task.has_head else (EMBEDDINGS,)
-
-
-def _wrong_endpoint(named: Named) -> str:
-    return f"`{named.name}` is for {named.loaded.task.name}: ask it at {' or '.join(_endpoints(named))}"

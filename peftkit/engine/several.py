@@ -128,7 +128,7 @@ class Several:
         require_name(name)
         folder = adapter_folder(path)
         facts = read_facts(folder, self._base)
-        require_one_base({name: facts, **{other: named.loaded.facts for other, named in self._named.items()}})
+        require_one_base({other: named.loaded.facts for other, named in self._named.items()} | {f"{name} (new)": facts})
         self._count += 1
         key = f"adapter{self._count}"
         place = repr((facts.method, _unseeded(facts.base_model(folder)))) if is_mixable(folder, facts) else ""

@@ -243,11 +243,12 @@ class _Talk:
                 is_first = False
                 answers.add(event)
                 yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            self._metrics.gone.inc()
+            raise
         finally:
             self.ticket.cancelled = True
             self._metrics.answer_tokens.labels(job.model).inc(answers.num_tokens)
-            if not answers.is_complete:
-                self._metrics.gone.inc()
 
     async def predicted(self, num_rows: int) -> list[dict[str, Any]]:
         """The answer of every row.
@@ -271,7 +272,6 @@ class _Talk:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if tasks[0] in done:
                 return tasks[0].result()
-            self._metrics.gone.inc()
             raise Refusal(499, "the client has left", "client_closed_request")
         finally:
             self.ticket.cancelled = True

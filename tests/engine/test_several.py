@@ -45,6 +45,17 @@ def test_the_base_answers_as_without_any_adapter(
         assert answers_of(loaded, PROMPTS) == answers_alone["lora"]
 
 
+@pytest.mark.parametrize("first", ["ia3", "prefix", "dora", "full"])
+def test_the_base_is_the_same_whoever_comes_first(
+    first: str, language_adapters: dict[str, Path], answers_alone: dict[str, list[str]]
+) -> None:
+    several = Several()
+    several.load(first, language_adapters[first])
+    for name in (first, BASE, first):
+        with several[name].chosen() as loaded:
+            assert answers_of(loaded, PROMPTS) == answers_alone[name]
+
+
 def test_rows_of_one_batch_have_their_own_adapters(several: Several, answers_alone: dict[str, list[str]]) -> None:
     names = ["wide", "lora", BASE, "lora", "wide"]
     loaded, host = several["lora"].loaded, several["lora"].host
@@ -127,7 +138,7 @@ def test_adapters_on_different_bases_are_refused_with_their_names(
 ) -> None:
     several = Several()
     several.load("chat", language_adapters["lora"])
-    with pytest.raises(LoadError, match=r"labels: .*bert; chat: .*llama"):
+    with pytest.raises(LoadError, match=r"chat: .*llama; labels \(new\): .*bert"):
         several.load("labels", classifiers["two"])
 
 
