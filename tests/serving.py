@@ -20,6 +20,7 @@ PROMPTS = [
     "old",
     "seven small dogs ran home",
 ]
+_TURN = "<|im_start|>assistant"
 # Name -> adapter section; rates at which six steps change what is said.
 LANGUAGE: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "r": 4, "lora_alpha": 16},
@@ -27,8 +28,10 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},
     "prefix": {"method": "prefix_tuning", "num_virtual_tokens": 4},
     "dora": {"method": "lora", "r": 4, "use_dora": True},
+    "alora": {"method": "lora", "r": 8, "lora_alpha": 64, "target_modules": "all-linear", "alora_invocation_text": _TURN},
     "full": {"method": "full"},
 }
+_SEEDS = ("dora", "full", "ia3", "lora", "prefix", "wide", "alora")  # with which `lora` and `prefix` write on and on
 
 
 def train_language(models_dir: Path, root: Path, name: str, task: str = "CAUSAL_LM") -> Path:
@@ -36,7 +39,7 @@ def train_language(models_dir: Path, root: Path, name: str, task: str = "CAUSAL_
     folder = root / name
     folder.mkdir(parents=True)
     rates = {"full": 0.01, "prefix": 0.3}
-    settings = {"learning_rate": rates.get(name, 0.1), "seed": sorted(LANGUAGE).index(name)}
+    settings = {"learning_rate": rates.get(name, 0.1), "seed": _SEEDS.index(name)}
     recipe = tiny_recipe(
         task,
         models_dir,

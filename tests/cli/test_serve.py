@@ -338,6 +338,13 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(
     assert words in result.err
 
 
+def test_what_is_not_installed_is_named(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftkit.commands.serve._PACKAGES", ("fastapi", "not_there"))
+    result = cli("serve", "--adapter", "nowhere")
+    assert result.code == 2
+    assert "not-there is not installed; `pip install 'peftkit[serve]'` adds it" in result.err
+
+
 def test_vllm_gets_its_command(cli: Callable[..., Result], language_adapters: dict[str, Path]) -> None:
     named = [part for name in ("lora", "wide") for part in ("--adapter", f"{name}={language_adapters[name]}")]
     result = cli("serve", *named, "--engine", "vllm", "--dry-run")

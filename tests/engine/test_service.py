@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from peftkit.engine.generate import answer_rows, prompt_row
+from peftkit.engine.loaded import load_adapter
+from peftkit.engine.sampling import Chooser
 from peftkit.engine.service import Service
 from peftkit.engine.several import BASE, Several
 from peftkit.serving.jobs import CHAT, CLASSIFY, COMPLETIONS, End, Job, Limits, Piece, Refusal, Sampling
+from tests.conftest import rows_of, write_jsonl
+from tests.runs import tiny_recipe, train
 from tests.serving import LANGUAGE, PROMPTS, Asked, alone, chat_job, train_language
 
 
@@ -73,9 +78,10 @@ def test_top_p_near_zero_is_the_likeliest_token(service: Service, answers_alone:
     assert asked.answers() == [answers_alone["wide"][1]]
 
 
-def test_an_answer_ends_before_a_stop_text(service: Service) -> None:
-    asked = Asked(service, chat_job("lora", PROMPTS[0], stop=("888",), max_tokens=9))
-    assert asked.answers() == [""]
+def test_an_answer_ends_before_a_stop_text(service: Service, answers_alone: dict[str, list[str]]) -> None:
+    whole = answers_alone["lora"][0]
+    asked = Asked(service, chat_job("lora", PROMPTS[0], stop=(whole[4:6], "never")))
+    assert asked.answers() == [whole[: whole.index(whole[4:6])]]
     assert asked.reasons == ["stop"]
 
 
@@ -92,13 +98,17 @@ def test_log_probabilities_are_those_of_the_model(service: Service, language_ada
     assert scores[0].logprob == pytest.approx(float(logits.max()), abs=1e-4)
 
 
-def test_penalties_are_openais(service: Service) -> None:
-    plain = Asked(service, chat_job("lora", PROMPTS[0], max_tokens=6)).answers()[0]
-    varied = Asked(service, chat_job("lora", PROMPTS[0], max_tokens=6, presence_penalty=2.0, frequency_penalty=2.0)).answers()[
-        0
-    ]
-    assert plain == "8" * 6
-    assert varied.count("8") < 6
+@pytest.mark.parametrize(
+    ("penalties", "tokens"),
+    [({}, [5, 5, 5]), ({"presence_penalty": 1.0}, [5, 6, 5]), ({"frequency_penalty": 0.4}, [5, 5, 6])],
+)
+def test_penalties_are_openais(service: Service, penalties: dict[str, float], tokens: list[int]) -> None:
+    """Once said: 3 - 1 = 2 against 2.5, then 1.5 again against 2; said twice: 3 - 0.8 against 2.5."""
+    named = service._known["full"]
+    chooser = Chooser(named.loaded.model, service._config_of(named), Sampling(**penalties), [], torch.device("cpu"))
+    logits = torch.zeros(300)
+    logits[5], logits[6] = 3.0, 2.5
+    assert [chooser.choose(logits).token for _ in tokens] == tokens
 
 
 @pytest.mark.parametrize(
@@ -128,12 +138,12 @@ def test_too_many_waiting_are_refused_and_the_others_answered(service: Service) 
     assert all(len(job.answers()) == 20 for job in jobs)
 
 
-def test_a_client_that_leaves_frees_its_place(service: Service) -> None:
+def test_a_client_that_leaves_frees_its_place(service: Service, answers_alone: dict[str, list[str]]) -> None:
     jobs = [Asked(service, chat_job("lora", PROMPTS[0], max_tokens=200)) for _ in range(4)]
     jobs[0].next()
     for job in jobs:
         job.ticket.cancelled = True
-    assert Asked(service, chat_job("lora", PROMPTS[0], max_tokens=2)).answers() == ["88"]
+    assert Asked(service, chat_job("lora", PROMPTS[0], max_tokens=2)).answers()[0] in answers_alone["lora"][0]
     assert all(End not in map(type, [job.events.get() for _ in range(job.events.qsize())]) for job in jobs)
 
 
@@ -166,7 +176,7 @@ def test_an_adapter_is_exchanged_while_it_answers(
     running.next()
     service.load("one", "ia3/run")
     assert Asked(service, chat_job("one", PROMPTS[1])).answers() == [answers_alone["ia3"][1]]
-    assert running.answers() == ["8" * 100]
+    assert running.answers() == alone(language_adapters["lora"], PROMPTS[:1], max_new_tokens=100)
     service.remove("other")
     assert [facts.name for facts in service.models()] == ["one", BASE]
     for name, status in (("other", 404), ("one", 409), (BASE, 404)):
@@ -197,7 +207,7 @@ def test_closing_finishes_what_was_taken_and_takes_nothing_more(language_adapter
     service = Service(several, Limits(max_batch=1))
     asked = [Asked(service, chat_job("one", PROMPTS[0], max_tokens=20)) for _ in range(3)]
     assert service.close(30) == 0
-    assert [job.answers() for job in asked] == [["8" * 20]] * 3
+    assert [job.answers() for job in asked] == [alone(language_adapters["lora"], PROMPTS[:1], max_new_tokens=20)] * 3
     with pytest.raises(Refusal, match="shutting down") as refusal:
         Asked(service, chat_job("one", "x"))
     assert refusal.value.status == 503
@@ -213,6 +223,26 @@ def test_what_is_not_done_in_the_time_of_grace_is_cut_off(language_adapters: dic
     assert time.monotonic() - started < 5
     with pytest.raises(Refusal, match="shut down"):
         asked[-1].answers()
+
+
+def test_each_job_names_its_task_where_an_adapter_knows_several(models_dir: Path, tmp_path: Path) -> None:
+    section = {"method": "poly", "n_tasks": 2, "n_skills": 2}
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, adapter=section, training={"learning_rate": 0.1})
+    rows = [row | {"task_id": ("one", "two")[number % 2]} for number, row in enumerate(rows_of("CAUSAL_LM", 21))]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    train(recipe, tmp_path / "run")
+    several = Several()
+    several.load("poly", tmp_path / "run")
+    loaded = load_adapter(tmp_path / "run")  # another model than the thread's
+    service = Service(several, Limits())
+    with pytest.raises(Refusal, match="no task is named"):
+        Asked(service, chat_job("poly", PROMPTS[0]))
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    jobs = {task: Asked(service, Job("poly", CHAT, [{"messages": messages}], task_id=task)) for task in ("one", "two")}
+    for task, job in jobs.items():
+        row = ("x", prompt_row(loaded, PROMPTS[0], task_id=task))
+        assert job.answers()[0] == next(answer_rows(loaded, [row], {}, 1))["prediction"]
+    service.close(1)
 
 
 def test_an_encoder_decoder_serves_prompts(models_dir: Path, tmp_path: Path) -> None:
