@@ -216,8 +216,6 @@ def infer(
             _infer(Path(adapters[0]), base, question, settings=settings, batch_size=batch_size, prints_json=prints_json)
             return
         named = parse_names(adapters)
-        if prints_json and prompt is None:
-            raise RecipeError("--json: several adapters print JSON with --prompt alone")
         from peftkit.commands.infer_several import infer_several
 
         infer_several(named, base, question, settings=settings, batch_size=batch_size, prints_json=prints_json)

@@ -38,12 +38,15 @@ def infer_several(
         raise RecipeError(f"--use {question.use}: there are {', '.join([*adapters, BASE, ALL])}")
     if question.prompt is None and question.use == ALL:
         raise RecipeError("--use all: goes with --prompt alone; each row of a file, and each message, is for one of them")
-    if settings:
-        for facts in survey(adapters, base).values():
+    if prints_json and question.prompt is None and question.source is None:
+        raise RecipeError("--json needs --prompt or --input")
+    for facts in survey(adapters, base).values():
+        if settings:
             require_effect(facts, settings)
-    survey(adapters, base)
     if question.source is not None:
-        _answer_file(adapters, base, question, settings, batch_size)
+        num_rows = _answer_file(adapters, base, question, settings, batch_size)
+        written = {"num_rows": num_rows, "output": str(question.output)}
+        console.print_json(written) if prints_json else console.print_note(f"{num_rows} answers: {question.output}")
         return
     several = _load(adapters, base, question)
     if question.prompt is not None:
@@ -90,8 +93,8 @@ def _answer_prompt(several: Several, question: Question, settings: Mapping[str, 
 
 def _answer_file(
     adapters: Mapping[str, Path], base: str | None, question: Question, settings: Mapping[str, Any], batch_size: int
-) -> None:
-    """Answer each row of a file by the adapter that its column `adapter` names, or else --use."""
+) -> int:
+    """Answer each row of a file by the adapter that its column `adapter` names, or else --use; how many rows there are."""
     assert question.source is not None
     assert question.output is not None
     require_place(question.output, "--output")
@@ -115,7 +118,7 @@ def _answer_file(
         rows = (row | {"adapter": names[number]} | found.answers[number] for number, (_, row) in enumerate(raw))
         write_text(question.output, "".join(f"{json.dumps(row, ensure_ascii=False, default=as_json)}\n" for row in rows))
         found.remove()
-    console.print_note(f"{len(raw)} answers: {question.output}")
+    return len(raw)
 
 
 def _names_of_rows(raw: Sequence[tuple[str, Mapping[str, Any]]], known: Sequence[str], default: str | None) -> list[str]:

@@ -39,8 +39,8 @@ def test_each_row_of_a_file_chooses_its_adapter(
     for row, name in zip(rows, names, strict=True):
         row.update({"adapter": name} if name else {})
     source = write_jsonl(tmp_path / "in.jsonl", rows)
-    result = cli("infer", *options, "--input", source, "--output", tmp_path / "out.jsonl", "--use", "wide")
-    assert result.code == 0, result.err
+    result = cli("infer", *options, "--input", source, "--output", tmp_path / "out.jsonl", "--use", "wide", "--json")
+    assert result.json == {"num_rows": 5, "output": str(tmp_path / "out.jsonl")}
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     wanted = [answers_alone[name or "wide"][n] for n, name in enumerate(names)]
     assert [(row["id"], row["adapter"], row["prediction"]) for row in found] == [
@@ -89,7 +89,7 @@ def test_a_chat_switches_adapters(
         (["--use", "nobody"], "--use nobody: there are lora, wide, ia3, base, all"),
         (["--use", "all"], "--use all: goes with --prompt alone"),
         (["--task-id", "one", "--prompt", "x"], "none of these adapters was trained on several tasks"),
-        (["--json"], "print JSON with --prompt alone"),
+        (["--json"], "--json needs --prompt or --input"),
     ],
 )
 def test_options_without_sense_are_refused(cli: Cli, options: list[str], further: list[str], words: str) -> None:
