@@ -15,7 +15,7 @@ from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.continuous import can_join, join, start, trim
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.sampling import Choice, Chooser
-from peftkit.engine.several import Host, Named
+from peftkit.engine.several import BASE, Host, Named
 from peftkit.serving.jobs import End, Piece, Reason, Sampling, Ticket, TokenScore
 from peftkit.serving.text import TextStream
 from peftkit.tasks.example import Example
@@ -120,7 +120,7 @@ class Cohort:
         config.num_beams = 1
         config.max_new_tokens = max(answer.max_tokens for answer in answers)
         self._further: dict[str, Any] = {"task_ids": inputs["task_ids"]} if "task_ids" in inputs else {}
-        if isinstance(self.host.model, AdaptedModel) and first.name != "base":
+        if isinstance(self.host.model, AdaptedModel) and first.name != BASE:
             offsets = get_alora_offsets_for_generate(self.host.model, **inputs).get("alora_offsets")
             self._further |= {} if offsets is None else {"alora_offsets": offsets}
         with self._loaded.inference(), self.host.using(self._keys):

@@ -174,7 +174,7 @@ class Several:
             beside = [other for other, item in self._named.items() if item.host is named.host and other != name]
             mixed = f"; answers in one batch with {', '.join(beside)}" if beside else ""
             stands_alone = named.loaded.method is not None and named.loaded.method.stands_alone
-            own = "; holds a base of its own" if stands_alone or named.loaded.is_quantized else ""
+            own = "; holds a base of its own" if stands_alone or (named.loaded.is_quantized and not beside) else ""
             beams = "; without beams, which its recipe asks for" if facts.generation.get("num_beams", 1) > 1 else ""
             lines.append(f"{name}: {facts.method}, {facts.task}{mixed}{own}{beams}")
         return [*lines, *([f"{BASE}: {next(iter(self._named.values())).loaded.facts.base}"] if BASE in self.names else [])]
