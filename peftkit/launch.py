@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -348,3 +348,13 @@ def require_room(jobs: int) -> None:
     gpus = visible_gpus()
     if gpus and jobs > len(gpus):
         raise RecipeError(f"--jobs {jobs}: every trial has a GPU of its own, and there are {len(gpus)}; use {len(gpus)}")
+
+
+def api_key_of_environment() -> str | None:
+    """The key that clients of `peftkit serve` must know, where it is set; here since the environment is read here."""
+    return os.environ.get("PEFTKIT_API_KEY")
+
+
+def become(command: Sequence[str], variables: Mapping[str, str]) -> None:
+    """Replace this process by another program, with further environment variables."""
+    os.execvpe(command[0], list(command), os.environ | variables)

@@ -338,3 +338,23 @@ def s2s_recipe(models_dir: Path, tmp_path: Path) -> dict[str, Any]:
     """A SEQ_2_SEQ_LM recipe on the tiny T5."""
     rows = [{"source": row["instruction"], "target": row["output"]} for row in instruction_rows(20)]
     return tiny_recipe("SEQ_2_SEQ_LM", models_dir / "t5", write_jsonl(tmp_path / "pairs.jsonl", rows), 64)
+
+
+@pytest.fixture(scope="session")
+def language_adapters(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters of several methods on the tiny Llama, by name."""
+    from tests.serving import LANGUAGE, train_language
+
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: train_language(models_dir, root, name) for name in LANGUAGE}
+
+
+@pytest.fixture(scope="session")
+def answers_alone(language_adapters: dict[str, Path]) -> dict[str, list[str]]:
+    """What each of them, loaded by itself, answers to PROMPTS, and `base` without any."""
+    from peftkit.engine.loaded import load_adapter, without_adapter
+    from tests.serving import PROMPTS, alone, answers_of
+
+    found = {name: alone(path, PROMPTS) for name, path in language_adapters.items()}
+    with without_adapter(load_adapter(language_adapters["lora"])) as base:
+        return found | {"base": answers_of(base, PROMPTS)}

@@ -40,6 +40,7 @@ ORDER = (
     "supervise",
     "launch",
     "comparison",
+    "serving",
     "engine",
     "commands",
     "cli",

@@ -61,7 +61,12 @@ def evaluate(  # noqa: PLR0913, PLR0917 - one parameter per option
 
 
 def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
-    adapter: Adapter,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter", metavar="[NAME=]DIR", help="Run directory, or any PEFT adapter folder; repeatable with names."
+        ),
+    ],
     prompt: Annotated[
         str | None, typer.Option(help='One prompt; for QUESTION_ANS a JSON object: {"question": "...", "context": "..."}.')
     ] = None,
@@ -72,6 +77,13 @@ def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
     task_id: Annotated[
         str | None,
         typer.Option("--task-id", help="Task of the prompt, and of rows that name none, for adapters of several tasks."),
+    ] = None,
+    use: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of several adapters: who answers (--prompt: default all; --input: rows without a column `adapter`).",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
@@ -85,8 +97,8 @@ def infer(  # noqa: PLR0913, PLR0917 - one parameter per option
     from peftkit.commands import infer as command
 
     settings = command.settings_from(max_new_tokens, temperature)
-    question = command.Question(prompt, source, output, task_id)
-    command.infer(adapter, base, question, settings=settings, batch_size=batch_size, as_json=as_json)
+    question = command.Question(prompt, source, output, task_id, use)
+    command.infer(adapter, base, question, settings=settings, batch_size=batch_size, prints_json=as_json)
 
 
 def merge(  # noqa: PLR0913, PLR0917 - one parameter per option

@@ -27,6 +27,7 @@ from peftkit.engine.generate import (
 )
 from peftkit.engine.guard import answering_remedies, explain_exhaustion, memory_text
 from peftkit.engine.loaded import LoadedAdapter, load_adapter
+from peftkit.engine.several import is_path, parse_names
 from peftkit.engine.sources import read_rows, sound_rows
 from peftkit.engine.unfinished import UnfinishedAnswers, fingerprint
 from peftkit.errors import RecipeError, Stopped
@@ -45,24 +46,26 @@ class Question:
         source: file of rows to answer; neither this nor a prompt: what is typed.
         output: file of their answers.
         task_id: the task of a prompt, and of rows that name none; for adapters that know several.
+        use: who answers, of several adapters; None: see there.
     """
 
     prompt: str | None = None
     source: Path | None = None
     output: Path | None = None
     task_id: str | None = None
+    use: str | None = None
 
 
 def _load(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any]) -> LoadedAdapter:
     if settings:
-        _require_effect(read_facts(adapter_folder(adapter), base), settings)
+        require_effect(read_facts(adapter_folder(adapter), base), settings)
     loaded = load_adapter(adapter, base)
     if question.task_id is not None and not loaded.runtime.settings.task_names:
         raise RecipeError("--task-id: has no effect: this adapter was not trained on several tasks")
     return loaded
 
 
-def _require_effect(facts: AdapterFacts, settings: Mapping[str, Any]) -> None:
+def require_effect(facts: AdapterFacts, settings: Mapping[str, Any]) -> None:
     """Refuse settings of writing for a task that writes nothing, before its model is loaded."""
     if facts.task in TASKS and not TASKS[facts.task].generates:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in settings if name != "do_sample")
@@ -72,21 +75,22 @@ def _require_effect(facts: AdapterFacts, settings: Mapping[str, Any]) -> None:
         )
 
 
-def answer_prompt(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any], as_json: bool) -> None:
+def answer_prompt(adapter: Path, base: str | None, question: Question, settings: Mapping[str, Any], prints_json: bool) -> None:
     """Answer one prompt."""
     loaded = _load(adapter, base, question, settings)
     assert question.prompt is not None
     row = prompt_row(loaded, question.prompt, task_id=question.task_id)
     examples = encode_prompts(loaded, [("--prompt", row)])
-    _say_room(loaded, examples, settings)
+    say_room(loaded, examples, settings)
     answer = next(answer_batches(loaded, examples, settings, batch_size=1))[0]
-    if as_json:
+    if prints_json:
         console.print_json({"prompt": question.prompt, **answer})
     else:
         print_answer(answer)
 
 
-def _say_room(loaded: LoadedAdapter, examples: Sequence[Example], settings: Mapping[str, Any]) -> None:
+def say_room(loaded: LoadedAdapter, examples: Sequence[Example], settings: Mapping[str, Any]) -> None:
+    """Say which answers can be cut short, if any."""
     if note := note_of_room(loaded, examples, settings):
         console.print_note(note)
 
@@ -119,7 +123,7 @@ def answer_file(
     loaded = _load(adapter, base, question, settings)
     rows = [(origin, file_row(loaded, row, origin, question.task_id)) for origin, row in raw]
     examples = encode_prompts(loaded, rows)
-    _say_room(loaded, examples, settings)
+    say_room(loaded, examples, settings)
     job = fingerprint(loaded.folder, [row for _, row in raw], [question.task_id, base, dict(settings)])
     with UnfinishedAnswers(question.output, job) as found, console.progress(len(rows), "answering") as advance:
         if found.answers:
@@ -133,13 +137,13 @@ def answer_file(
             what = f"interrupted after {len(found.answers)} of {len(rows)} rows; the same command goes on with the others"
             raise Stopped(what, 130) from error
         whole = (row | found.answers[number] for number, (_, row) in enumerate(raw))
-        lines = [json.dumps(row, ensure_ascii=False, default=_as_json) for row in whole]
+        lines = [json.dumps(row, ensure_ascii=False, default=as_json) for row in whole]
         write_text(question.output, "".join(f"{line}\n" for line in lines))
         found.remove()
     return len(lines), question.output
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value of a Parquet or Arrow file that JSON does not know: times as ISO 8601, bytes as base64, others as text."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
@@ -157,11 +161,12 @@ def chat(adapter: Path, base: str | None, question: Question, settings: Mapping[
             if text == "/new":
                 history.clear()
                 continue
-            answer = _reply(loaded, prompt_row(loaded, text, history, task_id=question.task_id), settings)
+            answer = reply(loaded, prompt_row(loaded, text, history, task_id=question.task_id), settings)
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
-def _reply(loaded: LoadedAdapter, row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def reply(loaded: LoadedAdapter, row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Print an answer, text as it comes; returns it for the history."""
     if not loaded.task.generates:
         answer = next(answer_rows(loaded, [("input", dict(row))], settings, 1))
         name = answer["prediction"]
@@ -171,7 +176,7 @@ def _reply(loaded: LoadedAdapter, row: Mapping[str, Any], settings: Mapping[str,
             print_answer(answer)
         return str(name)
     examples = encode_rows(loaded.prompts, [("input", dict(row))], "the chat", target=False)
-    _say_room(loaded, examples, settings)
+    say_room(loaded, examples, settings)
     answers = generate(loaded, list(islice(examples, 1)), generation_config(loaded, settings), console.print_part)
     console.print_text("")
     return answers[0]
@@ -186,9 +191,15 @@ def settings_from(max_new_tokens: int | None, temperature: float | None) -> dict
 
 
 def infer(
-    adapter: Path, base: str | None, question: Question, *, settings: Mapping[str, Any], batch_size: int, as_json: bool
+    adapters: Sequence[str],
+    base: str | None,
+    question: Question,
+    *,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    prints_json: bool,
 ) -> None:
-    """One answer, a file of answers, or a chat when neither is given."""
+    """One answer, a file of answers, or a chat when neither is given; of one adapter or of several with names."""
     prompt, source, output = question.prompt, question.source, question.output
     if prompt is not None and source is not None:
         raise RecipeError("--prompt and --input: give one of the two")
@@ -200,22 +211,30 @@ def infer(
             f"while answering {size} rows at a time" if size > 1 else "while answering", answering_remedies(size)
         )
     ):
-        _infer(adapter, base, question, settings=settings, batch_size=batch_size, as_json=as_json)
+        if len(adapters) == 1 and is_path(adapters[0]):
+            if question.use is not None:
+                raise RecipeError("--use: has no effect on one adapter without a name; give it one: --adapter name=DIR")
+            _infer(Path(adapters[0]), base, question, settings=settings, batch_size=batch_size, prints_json=prints_json)
+            return
+        named = parse_names(adapters)
+        from peftkit.commands.infer_several import infer_several
+
+        infer_several(named, base, question, settings=settings, batch_size=batch_size, prints_json=prints_json)
 
 
 def _infer(
-    adapter: Path, base: str | None, question: Question, *, settings: Mapping[str, Any], batch_size: int, as_json: bool
+    adapter: Path, base: str | None, question: Question, *, settings: Mapping[str, Any], batch_size: int, prints_json: bool
 ) -> None:
     prompt, source, output = question.prompt, question.source, question.output
     if prompt is not None:
-        answer_prompt(adapter, base, question, settings, as_json)
+        answer_prompt(adapter, base, question, settings, prints_json)
     elif source is not None and output is not None:
         num_rows, output = answer_file(adapter, base, question, settings, batch_size)
-        if as_json:
+        if prints_json:
             console.print_json({"num_rows": num_rows, "output": str(output)})
         else:
             console.print_note(f"{num_rows} answers: {output}")
-    elif as_json:
+    elif prints_json:
         raise RecipeError("--json needs --prompt or --input")
     else:
         chat(adapter, base, question, settings)

@@ -64,6 +64,17 @@ class AdaptedModel(PeftModel):  # type: ignore[misc]  # peft is untyped here
             return self.get_base_model().generate(**_without_special(self, inputs))
 
     @contextlib.contextmanager
+    def answering(self, task_ids: torch.Tensor | None = None, **inputs: Any) -> Iterator[None]:
+        """What `generate` does around its passes, for those who make the passes themselves.
+
+        Args:
+            task_ids: (B,), see `forward`.
+            inputs: `adapter_names`, one for each row; `alora_offsets`.
+        """
+        with self._tasks(task_ids), self._enable_peft_forward_hooks(**inputs):
+            yield
+
+    @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The bare base model, for as long as the context lasts."""
         if not self.active_peft_config.is_prompt_learning:

@@ -245,16 +245,16 @@ def _prompt_shape(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in (shape | {"token_dim": width}).items() if value is not None}
 
 
-def adapter_state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by PEFT's names, on the CPU, none sharing memory with another."""
+def adapter_state(model: peft.PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
+    """An adapter's tensors by PEFT's names, on the CPU, none sharing memory with another."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes the bias of lora_B for a shard of a matrix (0.21)
         # PEFT would gather the base too (0.21), from processes that have left by then; what is the adapter's is whole.
-        known = {name: tensor for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
-        state = peft.get_peft_model_state_dict(model, known, save_embedding_layers=False)
+        known = {key: tensor for key, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
+        state = peft.get_peft_model_state_dict(model, known, name, save_embedding_layers=False)
     # `bias: all` lists the biases of modules that are saved whole a second and a third time.
     twice = (".modules_to_save.", ".original_module.")
-    return {name: t.detach().cpu().clone().contiguous() for name, t in state.items() if not any(part in name for part in twice)}
+    return {key: t.detach().cpu().clone().contiguous() for key, t in state.items() if not any(part in key for part in twice)}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

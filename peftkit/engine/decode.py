@@ -69,9 +69,13 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows."""
         if self.is_initialized:
-            length, room = self.keys.shape[2], self.all_keys.shape[2]
-            self.all_keys, self.all_values = _roomy(self.keys[indices], room), _roomy(self.values[indices], room)
-            self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
+            self.replace(self.keys[indices], self.values[indices], self.all_keys.shape[2])
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor, room: int = 0) -> None:
+        """Hold other keys and values, with places for at least `room`."""
+        length = keys.shape[2]
+        self.all_keys, self.all_values = _roomy(keys, room), _roomy(values, room)
+        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
 
 
 def _roomy(states: torch.Tensor, length: int = 0) -> torch.Tensor:
@@ -104,7 +108,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Token ids of prompts (B, P) and answers (B, T), filled with padding after the end of each."""
         make_roomy(model_inputs.get("past_key_values"))
-        batch = _Batch(model, model_inputs, input_ids, generation_config._pad_token_tensor)
+        batch = RunningBatch(model, model_inputs, input_ids, generation_config._pad_token_tensor)
         drops = self.drops and all(isinstance(part, _ROW_BY_ROW) for part in logits_processor)
         for number in range(stopping_criteria.max_length - input_ids.shape[1]):
             scores = logits_processor(batch.ids, batch.next_logits(is_first=number == 0))
@@ -124,7 +128,7 @@ def _chosen(scores: torch.Tensor, do_sample: bool) -> torch.Tensor:
     return torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0] if do_sample else scores.argmax(-1)
 
 
-class _Batch:
+class RunningBatch:
     """The rows that are being answered, and the answers of those that have left."""
 
     def __init__(self, model: Any, inputs: dict[str, Any], ids: torch.Tensor, pad_token: torch.Tensor | None) -> None:
@@ -151,10 +155,18 @@ class _Batch:
 
     def drop_ended(self) -> None:
         """Go on with the other rows alone, where all that is kept of the rows can be divided."""
-        if not _divisible(self.inputs.get("past_key_values")):
+        if not self.is_divisible:
             return
         self.left.append((self.rows[self.ended], self.ids[self.ended]))
-        keep = (~self.ended).nonzero()[:, 0]
+        self.keep((~self.ended).nonzero()[:, 0])
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether rows can be taken out of all that is kept of them."""
+        return _divisible(self.inputs.get("past_key_values"))
+
+    def keep(self, keep: torch.Tensor) -> None:
+        """Go on with the rows of these places alone."""
         self.inputs = {name: _kept(name, value, keep, len(self.rows)) for name, value in self.inputs.items()}
         self.rows, self.ids, self.ended = self.rows[keep], self.ids[keep], self.ended[keep]
 

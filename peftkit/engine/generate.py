@@ -152,7 +152,7 @@ def answer_batches(
         if config is not None:
             answers = [{"prediction": text} for text in generate(loaded, chosen, config)]
         else:
-            answers = list(map(loaded.runtime.answer, _scores(loaded, chosen)))
+            answers = predict(loaded, chosen)
         yield dict(zip(numbers, answers, strict=True))
 
 
@@ -172,10 +172,12 @@ def note_of_room(loaded: LoadedAdapter, examples: Sequence[Example], settings: M
     )
 
 
-def _scores(loaded: LoadedAdapter, examples: Sequence[Example]) -> list[dict[str, Any]]:
+def predict(loaded: LoadedAdapter, examples: Sequence[Example]) -> list[Answer]:
+    """What a task that writes nothing makes of a batch."""
     with loaded.inference():
         step = Step(loaded.model, loaded.runtime)
-        return score_examples(step, examples, batch_size=len(examples), device=loaded.device)
+        results = score_examples(step, examples, batch_size=len(examples), device=loaded.device)
+    return list(map(loaded.runtime.answer, results))
 
 
 def generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.hardware import autocast, process_device
 from peftkit.engine.in_files import Keep, cast, in_memory
-from peftkit.engine.model import load_base_model, position_limit, read_tokenizer, set_pad_token
+from peftkit.engine.model import Base, load_base_model, position_limit, read_tokenizer, set_pad_token
 from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import bitsandbytes_layers, dequantized
 from peftkit.engine.store import HEAD, load_into
@@ -30,6 +30,7 @@ from peftkit.tasks.base import Task
 from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import Runtime
 
+LoadBase = Callable[[Base, Encoding], tuple[Any, set[str]]]
 CPU = torch.device("cpu")  # where adapters are merged and converted, on machines with a GPU too
 
 
@@ -102,7 +103,13 @@ class LoadedAdapter:
 
 
 def load_adapter(
-    path: Path, base: str | None = None, device: torch.device | None = None, *, quantized: bool = True
+    path: Path,
+    base: str | None = None,
+    device: torch.device | None = None,
+    *,
+    quantized: bool = True,
+    load_base: LoadBase = load_base_model,
+    put_onto: Callable[[Any, Path, str, set[str]], nn.Module] = load_into,
 ) -> LoadedAdapter:
     """Load an adapter and its base.
 
@@ -111,6 +118,8 @@ def load_adapter(
         base: base model, where the one that the adapter names cannot be found.
         device: where the model shall be; None: on this machine's device. Quantised layers cannot all move later.
         quantized: whether the base is quantised as it was in training, where it was.
+        load_base: gives the base and the names of what its checkpoint lacks.
+        put_onto: puts the adapter of a folder, of a method, onto that.
 
     Raises:
         LoadError: something is missing or does not fit.
@@ -120,6 +129,20 @@ def load_adapter(
     facts = read_facts(folder, base)
     facts = facts if quantized else dataclasses.replace(facts, quantization=None)
     _require_known(folder, facts)
+    bare = load_bare(folder, facts, device, load_base)
+    adapted = put_onto(bare.model, folder, facts.method, set(bare.missing))
+    torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
+    return dataclasses.replace(bare, model=adapted.to(bare.device).eval())
+
+
+def load_bare(
+    folder: Path, facts: AdapterFacts, device: torch.device | None = None, load_base: LoadBase = load_base_model
+) -> LoadedAdapter:
+    """The base of an adapter, with the adapter's tokenizer and task, before the adapter is put into it.
+
+    Raises:
+        LoadError, CertificateError: as `load_adapter`.
+    """
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     source = dataclasses.replace(facts.base_model(folder), device=device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -128,18 +151,15 @@ def load_adapter(
             raise LoadError(f"there is no folder `{source.path}`")
         tokenizer = read_tokenizer(str(folder) if has_tokenizer else source.path, None if has_tokenizer else source.revision)
         check_renderings(folder, TASKS[facts.task].runtime(tokenizer, encoding))
-        model, missing = load_base_model(source, encoding)
+        model, missing = load_base(source, encoding)
     except LoadError as error:
         raise LoadError(f"the base of the adapter {folder}: {error}; where it has moved, name it with --base") from error
     set_pad_token(model, tokenizer)
     limit = position_limit(model.config, tokenizer)
     if limit is not None and limit < encoding.max_length:  # of a plain adapter, which does not say
         encoding = dataclasses.replace(encoding, max_length=limit)
-    adapted: Any = load_into(model, folder, facts.method, missing)
-    torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
-    device = device or process_device()
     runtime = TASKS[facts.task].runtime(tokenizer, encoding)
-    return LoadedAdapter(folder, facts, adapted.to(device).eval(), runtime, device, frozenset(missing))
+    return LoadedAdapter(folder, facts, model, runtime, device or process_device(), frozenset(missing))
 
 
 @contextlib.contextmanager

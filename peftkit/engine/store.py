@@ -34,6 +34,7 @@ from peftkit.run import new_folder, write_json
 HEAD = "head.safetensors"  # trained tensors of the base model that the PEFT config has no field for
 SETTINGS = "adapter_settings"  # where a model with layers of ours keeps the section that they were made from
 
+_PEFT_RAISES = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 _PROMPT_TENSORS = {"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"}  # PEFT loads them, and calls them unexpected
 
 
@@ -208,17 +209,10 @@ def _load_peft(base: PreTrainedModel, folder: Path, in_file: dict[str, torch.Ten
                 return loaded.eval()
             model = AdaptedModel(base, config)
         _match_dtypes(model, in_file)
-        if missing := sorted(adapter_state(model).keys() - in_file.keys()):
-            raise LoadError(f"the adapter {folder} does not fit {type(base).__name__}: it lacks {', '.join(missing[:3])}")
-        found = model.load_adapter(str(folder), "default", torch_device="cpu")  # its tensors are copied to where the base is
-        unexpected = _without_place(set(found.unexpected_keys) - _PROMPT_TENSORS, in_file)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        _fill(model, folder, in_file, "default")
+    except _PEFT_RAISES as error:
         raise_if_exhausted(error)
         raise LoadError(f"the adapter {folder} cannot be loaded onto {type(base).__name__}: {error}") from error
-    if unexpected:
-        raise LoadError(
-            f"the adapter {folder} does not fit {type(base).__name__}: it has no place for {', '.join(unexpected[:3])}"
-        )
     return model.eval()
 
 
@@ -248,6 +242,41 @@ def _tensors_of(base: nn.Module, module: nn.Module, state: dict[str, torch.Tenso
     return {name: tensor for name, tensor in state.items() if name.startswith(names)}
 
 
+def load_beside(model: AdaptedModel, folder: Path, name: str) -> None:
+    """Put another adapter of the same method, without a head, into a model that has one already.
+
+    Raises:
+        LoadError: it does not fit; the model is as it was.
+    """
+    in_file = read_tensors(folder / TENSORS)
+    base = type(model.get_base_model()).__name__
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            model.add_adapter(name, config)
+        _fill(model, folder, in_file, name)
+    except (*_PEFT_RAISES, LoadError) as error:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        raise_if_exhausted(error)
+        if isinstance(error, LoadError):
+            raise
+        raise LoadError(f"the adapter {folder} cannot be loaded onto {base}: {error}") from error
+    model.eval()
+
+
+def _fill(model: AdaptedModel, folder: Path, in_file: dict[str, torch.Tensor], name: str) -> None:
+    """Read the weights of an adapter that the model has a place for under this name."""
+    base = type(model.get_base_model()).__name__
+    if missing := sorted(adapter_state(model, name).keys() - in_file.keys()):
+        raise LoadError(f"the adapter {folder} does not fit {base}: it lacks {', '.join(missing[:3])}")
+    found = model.load_adapter(str(folder), name, torch_device="cpu")  # its tensors are copied to where the base is
+    if unexpected := _without_place(set(found.unexpected_keys) - _PROMPT_TENSORS, in_file):
+        raise LoadError(f"the adapter {folder} does not fit {base}: it has no place for {', '.join(unexpected[:3])}")
+
+
 def _match_dtypes(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
     """Give modules that were saved whole the dtype they were trained in; PEFT would round them to that of the base."""
     for name, module in model.named_modules():
@@ -266,11 +295,14 @@ def _load_subset(base: PreTrainedModel, folder: Path, state: dict[str, torch.Ten
         output.weight = nn.Parameter(output.weight.detach().clone())
         base.config.tie_word_embeddings = False
         own = dict(base.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if own[name].shape != tensor.shape:
-                raise LoadError(
-                    f"the adapter {folder} has {name} of shape {tuple(tensor.shape)}, the base {tuple(own[name].shape)}"
-                )
-            own[name].copy_(tensor)
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise LoadError(
+                f"the adapter {folder} has {name} of shape {tuple(tensor.shape)}, the base {tuple(own[name].shape)}"
+            )
+        # In place of the base's own, which other models may share (`engine.several`).
+        ours = nn.Parameter(tensor.to(own[name]), requires_grad=own[name].requires_grad)
+        for other in [other for other, parameter in own.items() if parameter is own[name]]:
+            place, _, leaf = other.rpartition(".")
+            setattr(base.get_submodule(place), leaf, ours)
     return base.eval()
