@@ -39,6 +39,7 @@ ORDER = (
     "supervise",
     "launch",
     "comparison",
+    "combination",
     "engine",
     "commands",
     "cli",

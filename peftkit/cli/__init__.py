@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, comparing, recipes, reference, reports, training
+from peftkit.cli import adapters, combining, comparing, recipes, reference, reports, training
 
 # Looking for pydantic plugins means reading the metadata of every installed package; a recipe needs none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -39,6 +39,7 @@ COMMANDS = (
     adapters.infer,
     adapters.merge,
     adapters.convert,
+    combining.combine,
     reports.report,
     reference.methods,
     reference.explain,

@@ -133,6 +133,18 @@ def load_adapter(path: Path, base: str | None = None, device: torch.device | Non
     if facts.task not in TASKS:
         raise LoadError(f"{folder} is for the task {facts.task}; those known here are {', '.join(TASKS)}")
     _require_own_virtual_tokens(folder, facts)
+    bare = load_bare(folder, facts, device)
+    adapted = load_into(bare.model, folder, facts.method, set(bare.missing))
+    torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
+    return dataclasses.replace(bare, model=adapted.to(bare.device).eval())
+
+
+def load_bare(folder: Path, facts: AdapterFacts, device: torch.device | None = None) -> LoadedAdapter:
+    """The base of an adapter, with the adapter's tokenizer and task, before the adapter is put into it.
+
+    Raises:
+        LoadError, CertificateError: as `load_adapter`.
+    """
     encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     source = dataclasses.replace(facts.base_model(folder), device=device)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -148,11 +160,8 @@ def load_adapter(path: Path, base: str | None = None, device: torch.device | Non
     limit = position_limit(model.config, tokenizer)
     if limit is not None and limit < encoding.max_length:  # of a plain adapter, which does not say
         encoding = dataclasses.replace(encoding, max_length=limit)
-    adapted: Any = load_into(model, folder, facts.method, missing)
-    torch.seed()  # loading has set the seed of the run; sampling should not repeat itself at every call
-    device = device or process_device()
     runtime = TASKS[facts.task].runtime(tokenizer, encoding)
-    return LoadedAdapter(folder, facts, adapted.to(device).eval(), runtime, device, frozenset(missing))
+    return LoadedAdapter(folder, facts, model, runtime, device or process_device(), frozenset(missing))
 
 
 @contextlib.contextmanager
