@@ -208,7 +208,7 @@ UNMERGED_HERE = {("beft", "llama"): "no bias", ("beft", "t5"): "no bias"}
 
 def run_cell(cell: Cell, models_dir: Path, folder: Path) -> None:
     """One cell: it works, or `validate` refuses it and says why."""
-    experts = _experts(cell, models_dir, folder) if "adapters" in cell.facts.section.model_fields else None
+    experts = experts_of(cell, models_dir, folder) if "adapters" in cell.facts.section.model_fields else None
     recipe = write_recipe(cell, models_dir, folder, experts)
     reason = refusal(recipe)
     if reason:
@@ -218,13 +218,14 @@ def run_cell(cell: Cell, models_dir: Path, folder: Path) -> None:
     check_cell(cell, recipe, folder)
 
 
-def _experts(cell: Cell, models_dir: Path, folder: Path) -> list[str]:
-    """Two trained LoRA adapters of the cell's task and model."""
+def experts_of(cell: Cell, models_dir: Path, folder: Path) -> list[str]:
+    """Two trained adapters of the cell's task and model, of the type that its method builds on."""
+    kind = cell.facts.reads_adapters["adapters"].lower()
     runs = []
     for number in range(2):
         place = folder / f"expert-{number}"
         place.mkdir()
-        recipe = write_recipe(Cell("lora", cell.task, cell.model), models_dir, place)
+        recipe = write_recipe(Cell(kind, cell.task, cell.model), models_dir, place)
         trained = run_cli("train", recipe, "--output", place / "run", "--set", f"training.seed={number}")
         assert trained.code == 0, trained.err
         runs.append(str(place / "run"))
