@@ -15,7 +15,6 @@ import yaml
 from safetensors.torch import load_file
 
 from peftkit.engine.loaded import load_adapter
-
 from tests.conftest import instruction_rows, write_jsonl
 from tests.runs import run_cli, tiny_recipe, train
 
