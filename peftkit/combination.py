@@ -121,6 +121,7 @@ def named_adapters(adapters: Sequence[str]) -> dict[str, Path]:
 
 
 def option_problems(asked: Request, number: int) -> Iterator[str]:
+    """What is wrong with the options for so many adapters, a line each."""
     method, weights = asked.method, asked.weights
     if method not in COMBINATIONS:
         yield f"--method: there is no `{method}`; there are {', '.join(COMBINATIONS)}"
