@@ -13,7 +13,7 @@ from typing import Any
 import peft
 from peft.utils.other import get_pattern_key
 
-from peftkit.combination import ON_FACTORS
+from peftkit.combination import ON_FACTORS, Combination
 from peftkit.engine.adapter import read_tensors
 from peftkit.engine.combine import Tensors, Update
 from peftkit.engine.facts import TENSORS, AdapterFacts, read_facts
@@ -21,6 +21,7 @@ from peftkit.engine.loaded import adapter_folder
 from peftkit.engine.model import first_line
 from peftkit.engine.store import HEAD
 from peftkit.errors import LoadError, RecipeError
+from peftkit.recipe.quantization import Quantization
 from peftkit.run import Run
 from peftkit.tasks import TASKS
 
@@ -28,6 +29,7 @@ PREFIX = "base_model.model."  # of every tensor that PEFT saves
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules")
 _FACTORS = (".lora_A.weight", ".lora_embedding_A")
 _VECTOR = ".ia3_l"
+_FIELDS = [field.name for field in dataclasses.fields(AdapterFacts) if field.name not in ("base", "seed", "encoding")]
 # Fields of PEFT's LoRA config under which an update is not scale * B A of one layer, or not for every token.
 _UNFIT = {
     "use_dora": "is DoRA, whose magnitudes do not add up",
@@ -69,7 +71,9 @@ class Source:
         for key, tensor in self.state.items():
             if key.endswith(_FACTORS):
                 layer = key.removesuffix(".weight").removesuffix("_A")
-                other = self.state[f"{layer}_B{'.weight' if key.endswith('.weight') else ''}"]
+                other = self.state.get(f"{layer}_B{'.weight' if key.endswith('.weight') else ''}")
+                if other is None:
+                    raise LoadError(f"the adapter {self.folder} is damaged: {key} has no matrix B beside it")
                 name = layer.removeprefix(PREFIX).rpartition(".")[0]
                 found[layer] = Update(tensor.float(), other.float(), self._scale(name, tensor.shape[0]))
         return found
@@ -136,8 +140,8 @@ def _read(name: str, folder: Path, facts: AdapterFacts) -> Source:
     return Source(name, folder, facts, config, read_tensors(folder / TENSORS))
 
 
-def check_sources(sources: Sequence[Source], method: str) -> None:
-    """Refuse adapters that cannot be combined by a method, with every reason.
+def check_sources(sources: Sequence[Source], how: Combination) -> None:
+    """Refuse adapters that cannot be combined in this way, with every reason.
 
     Raises:
         RecipeError: with a line for each.
@@ -145,7 +149,7 @@ def check_sources(sources: Sequence[Source], method: str) -> None:
     problems = [line for source in sources for line in _own_problems(source)]
     problems += [line for other in sources[1:] for line in _differences(sources[0], other)]
     if not problems:
-        problems = list(_shape_problems(sources)) or list(_rank_problems(sources, method))
+        problems = list(_shape_problems(sources)) or list(_rank_problems(sources, how))
     if problems:
         raise RecipeError("\n".join(problems))
 
@@ -208,7 +212,8 @@ def _base_differences(first: Source, other: Source) -> Iterator[str]:
     for field in ("revision", "init", "config_overrides", "quantization", *(("seed",) if mine.init == "random" else ())):
         old, new = getattr(mine, field), getattr(theirs, field)
         if old != new and not (field == "revision" and all(prints)):
-            yield f"`{first.name}` and `{other.name}` are for different bases: their `{field}` is {old} and {new}"
+            shown = [f"{value.bits} bits" if isinstance(value, Quantization) else value for value in (old, new)]
+            yield f"`{first.name}` and `{other.name}` are for different bases: their `{field}` is {shown[0]} and {shown[1]}"
 
 
 def _shape_problems(sources: Sequence[Source]) -> Iterator[str]:
@@ -225,8 +230,11 @@ def _shape_problems(sources: Sequence[Source]) -> Iterator[str]:
                 return
 
 
-def _rank_problems(sources: Sequence[Source], method: str) -> Iterator[str]:
-    """Different ranks for a method that mixes lora_A with lora_A and lora_B with lora_B."""
+def _rank_problems(sources: Sequence[Source], how: Combination) -> Iterator[str]:
+    """Different ranks for a method that mixes lora_A with lora_A and lora_B with lora_B; a rank that nothing would fill."""
+    method, exact = how.method, rank_of(sources, dataclasses.replace(how, method="cat"))
+    if method == "svd" and exact and (how.svd_rank or 0) > exact:
+        yield f"--svd-rank: {how.svd_rank} is more than the ranks add up to: the result is exact at {exact}"
     if sources[0].facts.method == "ia3" and method != "linear":
         yield f"--method {method}: IA3 has no matrices to do this with; it takes `linear`"
     if sources[0].facts.method == "ia3" or method not in ON_FACTORS:
@@ -244,6 +252,15 @@ def _rank_problems(sources: Sequence[Source], method: str) -> Iterator[str]:
                 return
 
 
+def rank_of(sources: Sequence[Source], how: Combination) -> int:
+    """Rank of the combination in every layer; 0 for IA3."""
+    layers = {layer for source in sources for layer in source.updates}
+    ranks = [[source.updates[layer].a.shape[0] for source in sources if layer in source.updates] for layer in layers]
+    if how.method == "cat":
+        return max(map(sum, ranks), default=0)
+    return (how.svd_rank if how.by_svd else None) or max((rank for found in ranks for rank in found), default=0)
+
+
 def combined_facts(sources: Sequence[Source]) -> tuple[AdapterFacts, list[str]]:
     """The facts of the combination, which are the first adapter's, and what of them the others have otherwise.
 
@@ -252,12 +269,14 @@ def combined_facts(sources: Sequence[Source]) -> tuple[AdapterFacts, list[str]]:
     first, notes = sources[0].facts, []
     found = first
     for other in sources[1:]:
-        for field in dataclasses.fields(AdapterFacts):
-            if getattr(first, field.name) == getattr(other.facts, field.name) or field.name in ("base", "seed"):
-                continue
-            if field.name in ("format", "columns", "template"):
-                opened: Any = "auto" if field.name == "format" else {}
-                found = dataclasses.replace(found, **{field.name: opened})
-            else:
-                notes.append(f"`{field.name}` is that of `{sources[0].name}`; `{other.name}` was trained with another")
+        differing = [name for name in _FIELDS if getattr(first, name) != getattr(other.facts, name)]
+        opened: dict[str, Any] = {
+            name: "auto" if name == "format" else {} for name in differing if name in ("format", "columns", "template")
+        }
+        found = dataclasses.replace(found, **opened)
+        mine, theirs = (dataclasses.asdict(facts.encoding) if facts.encoding else {} for facts in (first, other.facts))
+        kept = [*(name for name in differing if name not in opened), *(name for name in mine if mine[name] != theirs.get(name))]
+        if kept:
+            names = ", ".join(f"`{name}`" for name in kept)
+            notes.append(f"as `{sources[0].name}` was trained, and `{other.name}` otherwise: {names}")
     return found, notes

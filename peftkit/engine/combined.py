@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from peftkit.combination import BASE, COMBINATION, Combination
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.certify import certify, reference_logits
-from peftkit.engine.combinable import PREFIX, WHERE, Source, combined_facts
+from peftkit.engine.combinable import PREFIX, WHERE, Source, combined_facts, rank_of
 from peftkit.engine.combine import (
     Tensors,
     combined_layer,
@@ -111,15 +111,6 @@ def combined_state(
     state |= {key: combined_vector(*having("vectors", key)) for key in keys("vectors")}
     state |= {key: combined_whole(*having("whole", key), originals.get(key)) for key in keys("whole")}
     return state, relative_error(errors)
-
-
-def rank_of(sources: Sequence[Source], how: Combination) -> int:
-    """Rank of the combination in every layer; 0 for IA3."""
-    layers = {layer for source in sources for layer in source.updates}
-    ranks = [[source.updates[layer].a.shape[0] for source in sources if layer in source.updates] for layer in layers]
-    if how.method == "cat":
-        return max(map(sum, ranks), default=0)
-    return (how.svd_rank if how.by_svd else None) or max((rank for found in ranks for rank in found), default=0)
 
 
 def combined_config(sources: Sequence[Source], how: Combination) -> Any:

@@ -238,6 +238,7 @@ def test_a_search_stays_within_what_it_promises(number: int, method: str) -> Non
         (["plain", "wide"], ["--data", "a"], "--data: 1 files for 2 adapters"),
         (["plain", "wide"], ["--data", "plain=a", "--data", "b"], "or NAME=FILE for some; the names are plain, wide"),
         (["plain", "wide"], ["--method", "linear"], "`plain` has 4 where `wide` has 6; `cat` (exact) and `svd` take any"),
+        (["plain", "wide"], ["--method", "svd", "--svd-rank", "11"], "the result is exact at 10"),
         (["plain", "dora"], [], "`dora` cannot be combined: it is DoRA, whose magnitudes do not add up"),
         (["tokens", "biased"], [], "trains embeddings of single tokens"),
         (["plain", "biased"], [], "has biases of its own"),
@@ -284,6 +285,18 @@ def test_two_models_of_one_shape_are_told_apart_by_their_weights(adapters: Adapt
     recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, model={"name_or_path": str(tmp_path / "llama")})
     train(recipe, tmp_path / "run")
     assert "are for different bases" in refused(tmp_path, adapters["plain"], tmp_path / "run")
+
+
+def test_what_adapters_differ_in_is_noted_and_their_rows_can_all_be_read(adapters: Adapters, tmp_path: Path) -> None:
+    shutil.copytree(adapters["other"] / "adapter", tmp_path / "copy")
+    facts = json.loads((tmp_path / "copy" / "peftkit.json").read_text())
+    facts |= {"format": "chat", "system_prompt": "Be brief.", "encoding": facts["encoding"] | {"max_length": 50}}
+    (tmp_path / "copy" / "peftkit.json").write_text(json.dumps(facts))
+    (tmp_path / "copy" / "renderings.json").unlink()
+    found = combine(tmp_path / "out", adapters["plain"], tmp_path / "copy")
+    assert found["notes"] == ["as `plain` was trained, and `copy` otherwise: `system_prompt`, `max_length`"]
+    kept = json.loads((tmp_path / "out" / "peftkit.json").read_text())
+    assert (kept["format"], kept["system_prompt"], kept["encoding"]["max_length"]) == ("auto", None, 60)
 
 
 def test_adapters_that_peft_alone_has_trained_are_combined(adapters: Adapters, tmp_path: Path) -> None:
