@@ -13,7 +13,7 @@ _METHODS = "cat | svd | linear | ties | dare_linear | dare_ties | magnitude_prun
 
 
 def combine(  # noqa: PLR0913, PLR0917 - one parameter per option
-    adapters: Annotated[list[str], typer.Argument(metavar="DIR...", help="Runs or PEFT adapter folders, as DIR or NAME=DIR.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="DIR", help="Runs or PEFT adapter folders, as DIR or NAME=DIR.")],
     output: Annotated[Path, typer.Option(help="Folder of the combined adapter.")],
     method: Annotated[str, typer.Option(help=_METHODS)] = "cat",
     weights: Annotated[str | None, typer.Option(help="One per adapter: 0.7,0.3; default: the mean of the adapters.")] = None,
