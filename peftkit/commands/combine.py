@@ -56,10 +56,11 @@ def _combine(asked: Request, how: Combination, combined: Combined, rows: dict[st
     if trials:
         measured[COMBINATION] = metrics_of(combined, trials, COMBINATION)
         found["evaluation"] = _evaluation(trials, measured)
+    untrained = trials and combined.loaded.task.has_head and combined.loaded.missing
     report = _report(how, combined.sources, asked.output) | {
         "relative_error": error,
         "num_params": sum(tensor.numel() for tensor in state.values()),
-        "notes": combined.notes,
+        "notes": combined.notes + ["the base's head was never trained: what it reaches is chance"] * bool(untrained),
     }
     card = _card(report | found, combined)
     return report | {"certificate": save_combined(combined, asked.output, report | found, card)} | found
@@ -145,12 +146,12 @@ def print_combination(result: dict[str, Any]) -> None:
     for line in result["notes"]:
         console.print_note(f"note: {line}")
     for name, found in result.get("evaluation", {}).get("data", {}).items():
-        columns = list(found["metrics"][COMBINATION])
-        rows = [(model, *(values[column] for column in columns)) for model, values in found["metrics"].items()]
-        console.print_table(f"rows of {name}: {found['num_rows']}", ["", *columns], rows)
+        models = found["metrics"]
+        rows = [(metric, *(values.get(metric, "") for values in models.values())) for metric in models[COMBINATION]]
+        console.print_table(f"{found['num_rows']} rows of {name}; {found['metric']} counts", ["metric", *models], rows)
     if scores := result.get("evaluation", {}).get("normalized"):
-        share = "share of what each adapter alone reaches on its own rows"
-        console.print_table(share, ["", "mean"], scores.items())
+        share = "mean share of what each adapter alone reaches on its own rows"
+        console.print_table("", ["", *scores], [(share, *scores.values())])
     if searched := result.get("search"):
         console.print_text(f"best of {len(searched['tried'])} combinations on these rows; others will do a little worse")
     weights = ", ".join(f"{name} {weight:g}" for name, weight in result["weights"].items())
