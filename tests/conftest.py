@@ -148,9 +148,11 @@ def write_adapter(folder: Path, peft_type: str = "LORA") -> Path:
 
 
 def write_starter_adapters(folder: Path) -> None:
-    """The trained adapters that starter recipes in this folder name (X-LoRA's experts)."""
+    """The trained adapters that starter recipes in this folder name, for X-LoRA and for AdapterFusion."""
     for name in ("first", "second"):
         write_adapter(folder / "runs" / name)
+    for name in ("one_task", "other_task"):
+        write_adapter(folder / "runs" / name, "BOTTLENECK")
 
 
 def instruction_rows(count: int) -> list[dict[str, str]]:

@@ -40,6 +40,7 @@ ORDER = (
     "supervise",
     "launch",
     "comparison",
+    "combination",
     "serving",
     "engine",
     "commands",

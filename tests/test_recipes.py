@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from peftkit.methods import METHODS
 from peftkit.recipe import load_recipe
 from peftkit.recipe.paths import EMBEDDED_MODELS
 from peftkit.recipe.yaml_file import read_yaml
+from tests.conftest import write_adapter
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -19,8 +21,13 @@ def test_there_are_shipped_recipes() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
-def test_a_shipped_recipe_is_valid(path: Path) -> None:
-    module = EMBEDDED_MODELS.get(read_yaml(path)[0]["model"]["name_or_path"])
+def test_a_shipped_recipe_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = read_yaml(path)[0]
+    monkeypatch.chdir(tmp_path)  # where the adapters are that a recipe builds on
+    for key, kind in METHODS[content["adapter"]["method"]].reads_adapters.items():
+        for name in content["adapter"].get(key, []):
+            write_adapter(tmp_path / name, kind)
+    module = EMBEDDED_MODELS.get(content["model"]["name_or_path"])
     if module is not None and importlib.util.find_spec(module) is None:
         pytest.skip("its embedded model is not installed")
     assert load_recipe(path).recipe.name == path.stem

@@ -165,7 +165,7 @@ def _recipe_of(path: Path) -> Recipe:
 
 def _evaluate_rows(asked: Request, checked: _Checked, loaded: LoadedAdapter) -> dict[str, Any]:
     """Metrics on the rows, written down; with `--compare-base` beside those of the base."""
-    split, rows = checked.own.rows(loaded) if checked.own is not None else _rows_of_file(loaded, asked.data)
+    split, rows = checked.own.rows(loaded) if checked.own is not None else rows_of_file(loaded.facts, asked.data)
     prepared = _prepare(asked, checked, loaded, split, rows[: asked.max_rows])
     with console.progress(len(prepared) * (1 + asked.compare_base), "evaluating") as advance:
         told = Rows(prepared.examples, prepared.questions, prepared.scorer, asked.batch_size, advance)
@@ -253,13 +253,12 @@ def _own_split(path: Path) -> _OwnSplit:
     raise RecipeError("--data is needed: the run has no test or validation rows of its own")
 
 
-def _rows_of_file(loaded: LoadedAdapter, path: Path | None) -> tuple[str, list[Row]]:
+def rows_of_file(facts: AdapterFacts, path: Path | None) -> tuple[str, list[Row]]:
     """Rows of a file in the format of the training rows, their columns renamed alike."""
-    facts = loaded.facts
     assert path is not None
     source = SourceSection(path=str(path.absolute()), format=facts.format)
-    with_tasks = bool(loaded.runtime.settings.task_names)
-    reader = RowReader(loaded.task, Path(), facts.system_prompt, with_tasks, rename=facts.rename)
+    with_tasks = bool(facts.encoding and facts.encoding.task_names)
+    reader = RowReader(TASKS[facts.task], Path(), facts.system_prompt, with_tasks, rename=facts.rename)
     return "data", _sound(reader.open([source]))
 
 

@@ -53,7 +53,7 @@ def attach_adapter(model: PreTrainedModel, missing: set[str], context: Context) 
     else:
         attach = hook(plan.method, "attach")
         assert attach is not None, "a method of ours brings its own modules"
-        adapted = attach(model, plan.recipe.adapter, whole)
+        adapted = attach(model, plan.recipe.adapter, whole, context.find_adapter)
     if plan.mixed_precision != "no" and not plan.method.stands_alone:
         _train_in_float32(adapted, plan.hardware.device)
     if plan.recipe.training.optim == "lorafa":

@@ -4,7 +4,7 @@ Before and while attaching, in this order:
 - `config_fields(section, model, context)`: PEFT config fields that a recipe does not state
 - `before_attach(model, config, context)`: a pass over data that the initialisation needs; not on the meta device
 - `attach(build, model, config, context)`: make the adapted model otherwise than `build(model, config)`, the class, does; for
-  methods of kind `modules` it is `attach(model, section, modules_to_save)`
+  methods of kind `modules` it is `attach(model, section, modules_to_save, find_adapter)`, the last one: name -> folder
 - `after_attach(adapted, section, context)`: initialisations that need the adapted model
 
 In training:

@@ -140,6 +140,8 @@ def _save_ours(folder: Path, model: nn.Module, facts: AdapterFacts) -> None:
         "note": f"written by peftkit, which alone can load it: these tensors {what}",
     }
     write_json(folder / CONFIG, config)
+    if further := hook(METHODS[facts.method], "save"):
+        further(model, folder)
 
 
 def answering_config(model: nn.Module, tokenizer: Any) -> GenerationConfig:
@@ -193,7 +195,7 @@ def load_into(base: PreTrainedModel, folder: Path, method: str, missing: set[str
     if known.kind == "modules":
         attach = hook(known, "attach")
         assert attach is not None, "a method of ours brings its own modules"
-        base = attach(base, known.section.model_validate(read_mapping(folder / CONFIG)["settings"]), [])
+        base = attach(base, known.section.model_validate(read_mapping(folder / CONFIG)["settings"]), [], folder.joinpath)
     return _load_subset(base, folder, in_file)
 
 

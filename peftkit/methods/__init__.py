@@ -54,7 +54,7 @@ _IN_PEFT = (
     "prefix_tuning",
     "prompt_tuning",
 )
-_OURS = ("full", "head", "bitfit", "bottleneck")
+_OURS = ("full", "head", "bitfit", "bottleneck", "adapter_fusion")
 
 
 METHODS: Mapping[str, Method] = Table({name: f"peftkit.methods.{name}:{name.upper()}" for name in (*_IN_PEFT, *_OURS)})

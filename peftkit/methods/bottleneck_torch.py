@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,26 +44,26 @@ class Bottleneck(nn.Module):
         return result.to(x.dtype)
 
 
-def attach(model: Any, section: Any, whole: list[str]) -> Any:
+def attach(model: Any, section: Any, whole: list[str], find_adapter: Callable[[str], Path]) -> Any:
     """The model with its adapters, everything else but `whole` frozen.
 
     Raises:
         RecipeError: no place for an adapter is found.
     """
     model.requires_grad_(False)
-    places = list(_places(model, section))
-    if not places:
+    found = list(places(model, section))
+    if not found:
         what = f"{type(model).__name__} has no attention and feed-forward layers that could be found; name their last ones"
         raise RecipeError([Problem("", "adapter.target_modules", what)])
-    for name in places:
-        _add(model, name, section)
+    for name in found:
+        add(model, name, "bottleneck", new_bottleneck(model, name, section), section.style)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".bottleneck." in name or any(f".{part}." in f".{name}" for part in whole))
     model.adapter_settings = section.model_dump(mode="json")
     return model
 
 
-def _places(model: Any, section: Any) -> Iterator[str]:
+def places(model: Any, section: Any) -> Iterator[str]:
     """Full names of the layers that get an adapter."""
     wanted, layers = section.target_modules, section.layers_to_transform
     layers = [layers] if isinstance(layers, int) else layers
@@ -100,18 +101,33 @@ def _sizes(module: Any) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _add(model: Any, name: str, section: Any) -> None:
+def new_bottleneck(model: Any, name: str, section: Any) -> Bottleneck:
+    """An adapter of the size that the layer of this name wants."""
     layer = model.get_submodule(name)
     hidden = _sizes(layer)[1]
     width = section.bottleneck_dim or max(1, round(hidden / section.reduction_factor))
-    layer.add_module("bottleneck", Bottleneck(hidden, width, section, layer.weight))
-    if section.style != "parallel":
-        layer.register_forward_hook(lambda module, args, output: output + module.bottleneck(output))
+    return Bottleneck(hidden, width, section, layer.weight)
+
+
+def add(model: Any, name: str, attribute: str, network: nn.Module, style: str) -> None:
+    """Put a network into a layer, under this attribute, so that its output is added to the layer's.
+
+    Args:
+        model: the model.
+        name: of the layer.
+        attribute: where the layer keeps the network.
+        network: reads the layer's output or, for `parallel`, the input of the feed-forward block.
+        style: see `BottleneckSection`.
+    """
+    layer = model.get_submodule(name)
+    layer.add_module(attribute, network)
+    if style != "parallel":
+        layer.register_forward_hook(lambda module, args, output: output + getattr(module, attribute)(output))
         return
     entry = _entry_of(model, name)
     seen: list[torch.Tensor] = []
     entry.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    layer.register_forward_hook(lambda module, args, output: output + module.bottleneck(seen.pop()))
+    layer.register_forward_hook(lambda module, args, output: output + getattr(module, attribute)(seen.pop()))
 
 
 def _entry_of(model: Any, name: str) -> nn.Module:

@@ -202,6 +202,8 @@ def _check_arrow(section: LoraSection) -> Iterator[tuple[str, str]]:
     for name, info in type(section).model_fields.items():
         if name not in ("method", "arrow_config") and getattr(section, name) != info.get_default(call_default_factory=True):
             yield name, "has no effect with `arrow_config`: the adapters that it names are as they are"
+    if arrow.top_k > len(arrow.adapters):
+        yield "arrow_config.top_k", f"must be at most the number of `adapters` ({len(arrow.adapters)}), it is {arrow.top_k}"
     if arrow.use_gks != bool(arrow.general_adapters):
         yield "arrow_config", "`use_gks` and `general_adapters` go together"
 

@@ -20,7 +20,7 @@ from peftkit.errors import DataError, Problem, RecipeError
 from peftkit.tasks.example import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
-_EXPERTS = "experts"
+_EXPERTS, _ROUTER = "experts", "arrow_router"
 
 
 def config_fields(section: Any, model: Any, context: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def attach(build: Any, model: Any, config: Any, context: Any) -> Any:
     if config.arrow_config is None:
         return build(model, config, low_cpu_mem_usage=context.shapes_only)
     arrow = context.plan.recipe.adapter.arrow_config
-    folders = {"task": arrow.adapters, "general": arrow.general_adapters}
+    folders = {"task": arrow.adapters, "gks": arrow.general_adapters}
     paths = {kind: [context.find_adapter(name) for name in names] for kind, names in folders.items()}
     adapted = _routed(build, model, config, paths)
     return adapted.to("meta") if context.shapes_only else adapted
@@ -53,6 +53,9 @@ def attach(build: Any, model: Any, config: Any, context: Any) -> Any:
 
 def _routed(build: Any, model: Any, config: Any, paths: dict[str, list[Path]]) -> Any:
     """A model with LoRA adapters and an Arrow router over them, which is active; all of it frozen.
+
+    The names are those of PEFT's `create_arrow_model`: under others its router takes itself and what is to be subtracted for
+    adapters to choose from (0.21).
 
     Raises:
         RecipeError: the adapters differ in rank or targets.
@@ -69,13 +72,13 @@ def _routed(build: Any, model: Any, config: Any, paths: dict[str, list[Path]]) -
             adapted.load_adapter(str(path), name)
     names = [name for name, _ in experts]
     config.arrow_config.task_adapter_names = [name for name in names if name.startswith("task_")]
-    config.arrow_config.gks_adapter_names = [name for name in names if name.startswith("general_")]
+    config.arrow_config.gks_adapter_names = [name for name in names if name.startswith("gks_")]
     try:
         config.target_modules, config.r = check_loaded_lora_compatibility_arrow(adapted, adapter_names=names)
     except ValueError as error:
         raise RecipeError([Problem("", "adapter.arrow_config.adapters", str(error))]) from error
-    adapted.add_adapter("default", config)
-    adapted.set_adapter("default")
+    adapted.add_adapter(_ROUTER, config)
+    adapted.set_adapter(_ROUTER)
     adapted.requires_grad_(False)
     adapted.expert_paths = {kind: list(map(str, found)) for kind, found in paths.items()}
     return adapted
@@ -100,7 +103,7 @@ def load(build: Any, base: Any, config: Any, folder: Path) -> Any:
     """A router with its adapters; None for all other LoRAs."""
     if config.arrow_config is None:
         return None
-    found = {kind: sorted((folder / _EXPERTS).glob(f"{kind}_*")) for kind in ("task", "general")}
+    found = {kind: sorted((folder / _EXPERTS).glob(f"{kind}_*")) for kind in ("task", "gks")}
     return _routed(build, base, config, found)
 
 

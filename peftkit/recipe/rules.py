@@ -21,7 +21,7 @@ from peftkit.recipe.data_rules import check_data
 from peftkit.recipe.findings import Finding, written
 from peftkit.recipe.fit import check_fit, read_config
 from peftkit.recipe.generation_rules import check_generation
-from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_path, looks_local, places_text
+from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_model, find_path, looks_local, places_text, same_model
 from peftkit.recipe.schema import Recipe
 from peftkit.tasks import TASKS, keys_of_others
 from peftkit.tasks.encoding import EmbeddingSettings, Encoding, SpanSettings
@@ -92,15 +92,30 @@ def _json_mapping(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _adapters(recipe_dir: Path, key: str, value: list[str] | str | None, kind: str) -> Iterator[Finding]:
-    """Trained adapters that a recipe builds on: they must be there, and of the right type."""
+def _adapters(recipe: Recipe, recipe_dir: Path, key: str, kind: str) -> Iterator[Finding]:
+    """Trained adapters that a recipe builds on: they must be there, of the right type, and for its model."""
+    value: list[str] | str | None = operator.attrgetter(key)(recipe.adapter)
     for name in [value] if isinstance(value, str) else value or []:
         folder = find_adapter(name, recipe_dir)
         if folder is None:
             what = f"`{name}` is neither a run directory nor an adapter folder (looked in {places_text(recipe_dir)})"
             yield f"adapter.{key}", what, 7
-        elif _json_mapping(folder / "adapter_config.json").get("peft_type") != kind:
+            continue
+        config = _json_mapping(folder / "adapter_config.json")
+        if config.get("peft_type") != kind:
             yield f"adapter.{key}", f"`{name}` is no {kind} adapter, as its adapter_config.json says", 7
+        base = config.get("base_model_name_or_path")
+        if isinstance(base, str) and _is_another(base, recipe.model.name_or_path, recipe_dir):
+            what = f"`{name}` was trained on {base}, not on `model.name_or_path` ({recipe.model.name_or_path})"
+            yield f"adapter.{key}", f"{what}: what it has learned means nothing to another model", 7
+
+
+def _is_another(base: str, name: str, recipe_dir: Path) -> bool:
+    """Whether an adapter's base is known to be another model than the recipe's: not where one has moved."""
+    own, folder = find_model(name, recipe_dir), Path(base)
+    if own is None:
+        return base != name and not looks_local(base)
+    return folder.is_dir() and not same_model(folder, own)
 
 
 def _adapter(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
@@ -109,7 +124,7 @@ def _adapter(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
         yield f"adapter.{name}", what, 2
     for name, kind in method.reads_adapters.items():
         with contextlib.suppress(AttributeError):  # a section within, such as `arrow_config`, that is not there
-            yield from _adapters(recipe_dir, name, operator.attrgetter(name)(recipe.adapter), kind)
+            yield from _adapters(recipe, recipe_dir, name, kind)
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = getattr(recipe.adapter, name, None)
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,38 @@ def test_an_expert_of_another_type_is_refused(cli: Cli, write_recipe: Write, rec
     path = write_recipe(recipe | {"adapter": {"method": "xlora", "adapters": ["first", "second"]}})
     result = cli("validate", path)
     assert (result.code, "`second` is no LORA adapter, as its adapter_config.json says" in result.err) == (7, True)
+
+
+@pytest.mark.parametrize("method", ["xlora", "adapter_fusion"])
+def test_an_expert_of_another_base_is_refused(
+    cli: Cli, write_recipe: Write, recipe: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    kind = METHODS[method].reads_adapters["adapters"]
+    for name, base in (("first", "owner/name"), ("second", "owner/other")):
+        write_adapter(tmp_path / name, kind)
+        config = {"peft_type": kind, "base_model_name_or_path": base}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = cli("validate", write_recipe(recipe | {"adapter": {"method": method, "adapters": ["first", "second"]}}))
+    assert (result.code, "`second` was trained on owner/other, not on `model.name_or_path` (owner/name)" in result.err) == (
+        7,
+        True,
+    )
+    assert "`first` was trained on" not in result.err
+
+
+def test_an_expert_of_a_base_that_was_copied_is_no_stranger(
+    cli: Cli, write_recipe: Write, recipe: dict[str, Any], models_dir: Path, tmp_path: Path
+) -> None:
+    for name, base in (("copy", "llama"), ("other", "gpt2")):
+        shutil.copytree(models_dir / base, tmp_path / "models" / name)
+        write_adapter(tmp_path / name)
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "models" / name)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = {"name_or_path": str(models_dir / "llama")}
+    result = cli(
+        "validate", write_recipe(recipe | {"model": model, "adapter": {"method": "xlora", "adapters": ["copy", "other"]}})
+    )
+    assert (result.code, "`other` was trained on" in result.err, "`copy` was" in result.err) == (7, True, False)
 
 
 def test_an_expert_may_be_a_run_directory(cli: Cli, write_recipe: Write, recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -219,12 +219,13 @@ def run_cell(cell: Cell, models_dir: Path, folder: Path) -> None:
 
 
 def experts_of(cell: Cell, models_dir: Path, folder: Path) -> list[str]:
-    """Two trained LoRA adapters of the cell's task and model."""
+    """Two trained adapters of the cell's task and model, of the type that its method builds on."""
+    kind = cell.facts.reads_adapters["adapters"].lower()
     runs = []
     for number in range(2):
         place = folder / f"expert-{number}"
         place.mkdir()
-        recipe = write_recipe(Cell("lora", cell.task, cell.model), models_dir, place)
+        recipe = write_recipe(Cell(kind, cell.task, cell.model), models_dir, place)
         trained = run_cli("train", recipe, "--output", place / "run", "--set", f"training.seed={number}")
         assert trained.code == 0, trained.err
         runs.append(str(place / "run"))

@@ -15,6 +15,7 @@ import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from peftkit.engine.adapted import AdaptedModel
@@ -24,7 +25,8 @@ from peftkit.engine.hooks import Context
 from peftkit.engine.model import base_of, load_base_model, load_tokenizer
 from peftkit.engine.packing import best_fit, block_positions, for_model, prove_packing, way_of
 from peftkit.errors import RecipeError
-from peftkit.methods import METHODS
+from peftkit.methods import METHODS, bottleneck_torch
+from peftkit.methods.bottleneck import BottleneckSection
 from peftkit.plan import make_plan
 from peftkit.recipe.fit import why_not
 from peftkit.recipe.load import load_recipe
@@ -292,16 +294,28 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def experts(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two LoRA adapters that change something."""
-    folders = []
+def experts(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Two LoRA adapters that change something, and two bottleneck adapters."""
+    folders: dict[str, list[str]] = {"LORA": [], "BOTTLENECK": []}
     for number in range(2):
         torch.manual_seed(number)
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
         adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(llama), config)
-        folders.append(tmp_path_factory.mktemp(f"expert-{number}"))
-        adapted.save_pretrained(folders[-1])
-    return list(map(str, folders))
+        folders["LORA"].append(str(tmp_path_factory.mktemp(f"expert-{number}")))
+        adapted.save_pretrained(folders["LORA"][-1])
+        folders["BOTTLENECK"].append(str(save_bottleneck(llama, tmp_path_factory.mktemp(f"bottleneck-{number}"))))
+    return folders
+
+
+def save_bottleneck(llama: Path, folder: Path) -> Path:
+    """A bottleneck adapter of random weights."""
+    section = BottleneckSection(init_weights="bert")
+    model = bottleneck_torch.attach(transformers.AutoModelForCausalLM.from_pretrained(llama), section, [], Path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".bottleneck." in name}
+    save_file(state, folder / "adapter_model.safetensors")
+    config = {"peft_type": "BOTTLENECK", "settings": section.model_dump(mode="json")}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def adapter_rows() -> list[list[int]]:
@@ -345,10 +359,12 @@ def judge_adapter(llama: Path, adapter: dict[str, Any], folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", WORKING)
-def test_a_method_keeps_packed_rows_apart_or_says_why_not(llama: Path, experts: list[str], tmp_path: Path, name: str) -> None:
+def test_a_method_keeps_packed_rows_apart_or_says_why_not(
+    llama: Path, experts: dict[str, list[str]], tmp_path: Path, name: str
+) -> None:
     adapter = {"method": name, **SETTINGS.get(name, {})}
-    if "adapters" in METHODS[name].section.model_fields:
-        adapter["adapters"] = experts
+    if kind := METHODS[name].reads_adapters.get("adapters"):
+        adapter["adapters"] = experts[kind]
     assert judge_adapter(llama, adapter, tmp_path)
 
 
@@ -357,8 +373,8 @@ def test_so_does_a_choice_within_a_method(llama: Path, tmp_path: Path, name: str
     assert judge_adapter(llama, FURTHER[name], tmp_path)
 
 
-def test_so_does_a_router_between_adapters(llama: Path, experts: list[str], tmp_path: Path) -> None:
-    assert judge_adapter(llama, {"method": "lora", "arrow_config": {"adapters": experts, "top_k": 1}}, tmp_path)
+def test_so_does_a_router_between_adapters(llama: Path, experts: dict[str, list[str]], tmp_path: Path) -> None:
+    assert judge_adapter(llama, {"method": "lora", "arrow_config": {"adapters": experts["LORA"], "top_k": 1}}, tmp_path)
 
 
 def test_the_methods_that_are_refused_are_these() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from peftkit.methods import METHODS
-from tests.contracts.matrix import Cell, refusal, why_not_merged, write_recipe
+from tests.contracts.matrix import Cell, experts_of, refusal, why_not_merged, write_recipe
 from tests.runs import run_cli
 
 ON_BERT = ("lora", "bitfit", "bottleneck", "head", "ia3", "ln_tuning", "prefix_tuning")
@@ -23,7 +23,9 @@ TRAINING = {"max_steps": 2, "eval_steps": 1, "save_steps": 1000}
 
 def quantised_recipe(cell: Cell, settings: dict[str, Any], models_dir: Path, folder: Path) -> Path:
     """The recipe of a cell, of two steps, on a quantised base."""
-    experts = ["runs/a", "runs/b"] if "adapters" in cell.facts.section.model_fields else None
+    experts = None
+    if "adapters" in cell.facts.section.model_fields:
+        experts = experts_of(cell, models_dir, folder) if cell.facts.trains_on else ["runs/a", "runs/b"]
     path = write_recipe(cell, models_dir, folder, experts)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe["model"]["quantization"] = settings

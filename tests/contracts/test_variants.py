@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 
+from peftkit.engine.loaded import load_adapter
 from tests.conftest import instruction_rows, write_jsonl
 from tests.runs import run_cli, tiny_recipe, train
 
@@ -166,21 +170,33 @@ def test_one_target_task_starts_from_the_prompt_of_several(models_dir: Path, tmp
     assert answers.code == 0, answers.err
 
 
-def test_arrow_routes_between_adapters_that_are_trained_already(models_dir: Path, tmp_path: Path) -> None:
-    experts = []
+@pytest.fixture(scope="module")
+def experts(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three trained LoRA adapters of the tiny Llama."""
+    runs = []
     for number in range(3):
-        folder = tmp_path / f"expert-{number}"
-        folder.mkdir()
+        folder = tmp_path_factory.mktemp(f"expert-{number}")
         recipe = tiny_recipe("CAUSAL_LM", models_dir, folder, adapter=LORA, training={"seed": number, "learning_rate": 0.1})
         train(recipe, folder / "run")
-        experts.append(str(folder / "run"))
-    arrow = {"method": "lora", "arrow_config": {"adapters": experts, "top_k": 2}}
-    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, adapter=arrow)
+        runs.append(str(folder / "run"))
+    return runs
+
+
+def routed(models_dir: Path, folder: Path, arrow: dict[str, Any]) -> Path:
+    """A recipe that routes with Arrow, which has no `training`."""
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, folder, adapter={"method": "lora", "arrow_config": arrow})
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    refused = run_cli("validate", recipe)
-    assert (refused.code, "training: has no effect: these settings put together adapters" in refused.err) == (2, True)
     content.pop("training")
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return recipe
+
+
+def test_arrow_routes_between_adapters_that_are_trained_already(models_dir: Path, experts: list[str], tmp_path: Path) -> None:
+    for number, expert in enumerate(experts):
+        shutil.copytree(expert, tmp_path / f"expert-{number}")
+    recipe = routed(models_dir, tmp_path, {"adapters": [f"expert-{number}" for number in range(3)], "top_k": 2})
+    refused = run_cli("validate", recipe, "--set", "training.max_steps=3")
+    assert (refused.code, "training: has no effect: these settings put together adapters" in refused.err) == (2, True)
     summary = train(recipe, tmp_path / "run")
     assert (summary["global_step"], summary["trainable_params"], summary["train_loss"]) == (0, 0, None)
     assert summary["certificate"]["passed"]
@@ -190,6 +206,27 @@ def test_arrow_routes_between_adapters_that_are_trained_already(models_dir: Path
     assert answered.code == 0, answered.err
     merged = run_cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
     assert (merged.code, "every token goes to adapters of its own" in merged.err) == (2, True)
+
+
+@pytest.mark.parametrize("general", [[], [2]], ids=["plain", "GenKnowSub"])
+def test_arrow_gives_the_logits_of_pefts_own_router(
+    models_dir: Path, experts: list[str], tmp_path: Path, general: list[int]
+) -> None:
+    further = {"use_gks": True, "general_adapters": [experts[place] for place in general]} if general else {}
+    arrow = {"adapters": experts[:2], "top_k": 2, "router_temperature": 0.5, "rng_seed": 7}
+    train(routed(models_dir, tmp_path, arrow | further), tmp_path / "run")
+    base = transformers.AutoModelForCausalLM.from_pretrained(models_dir / "llama")
+    config = peft.ArrowConfig(top_k=2, router_temperature=0.5, rng_seed=7, use_gks=bool(general))
+    folders = [f"{run}/adapter" for run in experts]
+    theirs = peft.create_arrow_model(base, folders[:2], config, [folders[place] for place in general]).eval()
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_adapter(tmp_path / "run").model(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_arrow_cannot_choose_more_adapters_than_there_are(models_dir: Path, experts: list[str], tmp_path: Path) -> None:
+    result = run_cli("validate", routed(models_dir, tmp_path, {"adapters": experts[:2]}))
+    assert (result.code, "top_k: must be at most the number of `adapters` (2), it is 3" in result.err) == (2, True)
 
 
 def test_arrow_is_refused_where_adapters_have_heads(models_dir: Path, tmp_path: Path) -> None:
