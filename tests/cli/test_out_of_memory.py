@@ -63,7 +63,7 @@ def limited(tmp_path: Path) -> Any:
 
 
 def test_too_large_a_pass_fails_before_the_first_step_with_what_helps(limited: Any, tmp_path: Path) -> None:
-    code, err = limited(600, "training.micro_batch_size=8")
+    code, err = limited(900, "training.micro_batch_size=8")
     assert code == 4, err
     assert "out of memory on the CPU in the largest pass, before the first step: " in err
     assert f"its rows: {tmp_path}/rows.jsonl:" in err
