@@ -164,11 +164,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
 
 def test_a_comparison_that_is_killed_takes_its_trials_along_and_goes_on(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    arguments = ("--methods", "head", "--output", folder, "--set", "training.logging_steps=1", "--budget", "steps", "120")
-    arguments += ("--set", "training.eval_steps=120", "--set", "training.save_steps=120")
+    arguments = ("--methods", "head", "--output", folder, "--set", "training.logging_steps=1", "--budget", "steps", "600")
+    arguments += ("--set", "training.eval_steps=600", "--set", "training.save_steps=600")
     with peftkit_process("compare", recipe, *arguments) as process:
         lines = folder / "trials/head/seed-0/metrics.jsonl"
         wait_for(lambda: lines.is_file() or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
         (trial,) = psutil.Process(process.pid).children()
         trial.suspend()  # so that it is not done before the end
         refused = run_cli("compare", folder, "--resume")
@@ -181,7 +182,7 @@ def test_a_comparison_that_is_killed_takes_its_trials_along_and_goes_on(recipe: 
     with in_this_process():
         result = run_cli("compare", folder, "--resume")
     assert result.code == 0, result.err
-    assert (compared(folder)["variants"][0]["trials"][0]["steps"], 0 < step < 120) == (120, True)
+    assert (compared(folder)["variants"][0]["trials"][0]["steps"], 0 < step < 600) == (600, True)
 
 
 def test_a_signal_ends_a_comparison_with_its_trials_at_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
