@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from peftkit.errors import LoadError
 
@@ -24,3 +26,18 @@ def adapter_folder(path: Path) -> Path:
             f"the run {path} has no adapter yet: its training did not end; `peftkit train --resume --output {path}`"
         )
     return path
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        LoadError: the file cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise LoadError(f"{path} holds no mapping")
+    return data

@@ -15,6 +15,7 @@ import peft
 import torch
 from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 
+from peftkit.adapters import read_mapping
 from peftkit.combination import BASE, COMBINATION, Combination
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.certify import certify, reference_logits
@@ -28,7 +29,6 @@ from peftkit.engine.combine import (
     squared_error,
     weighted_sum,
 )
-from peftkit.engine.facts import read_mapping
 from peftkit.engine.loaded import LoadedAdapter, load_bare
 from peftkit.engine.merge import probe_examples
 from peftkit.engine.model import read_tokenizer

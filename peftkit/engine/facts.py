@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.adapters import CONFIG, FACTS, TENSORS
+from peftkit.adapters import CONFIG, FACTS, TENSORS, read_mapping
 from peftkit.engine.adapter import read_tensors
 from peftkit.engine.model import Base
 from peftkit.engine.sources import computed_columns
@@ -148,21 +148,6 @@ def read_facts(folder: Path, base: str | None = None) -> AdapterFacts:
     labels = tuple(f"LABEL_{number}" for number in range(_num_labels(folder))) if task and task.has_labels else ()
     encoding = Encoding(max_length=4096, truncation="right", labels=labels)
     return AdapterFacts(config["task_type"], config["peft_type"].lower(), found, config.get("revision"), encoding=encoding)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file.
-
-    Raises:
-        LoadError: the file cannot be read, or holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise LoadError(f"{path} holds no mapping")
-    return data
 
 
 def _num_labels(folder: Path) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from peftkit.adapters import read_mapping
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.adapter import base_of_adapted
-from peftkit.engine.facts import read_mapping
 from peftkit.engine.graph_clients import DecodingClient, Session, SinglePassClient
 from peftkit.engine.graph_proof import answers_of, check_answers, check_outputs
 from peftkit.engine.graphs import Graph, examples_batch, graphs_of

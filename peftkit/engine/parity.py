@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkit.engine.facts import read_mapping
+from peftkit.adapters import read_mapping
 from peftkit.errors import CertificateError
 from peftkit.formats.base import RowError
 from peftkit.run import write_json

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftkit.adapters import CONFIG, FACTS, TENSORS
+from peftkit.adapters import CONFIG, FACTS, TENSORS, read_mapping
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.adapter import adapter_state, head_by_hand, read_tensors, trainable_state
-from peftkit.engine.facts import AdapterFacts, read_mapping
+from peftkit.engine.facts import AdapterFacts
 from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hooks import hook
 from peftkit.engine.modules import is_tied

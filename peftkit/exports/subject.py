@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from peftkit.adapters import CONFIG, FACTS, TENSORS, adapter_folder
+from peftkit.adapters import CONFIG, FACTS, TENSORS, adapter_folder, read_mapping
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
@@ -180,17 +180,5 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty where there is no such file.
-
-    Raises:
-        LoadError: the file holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise LoadError(f"{path} holds no mapping")
-    return data
+    """The mapping in a JSON file; empty where there is no such file."""
+    return read_mapping(path) if path.is_file() else {}

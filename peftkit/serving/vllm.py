@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftkit.errors import LoadError, RecipeError
-
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank (vllm/config/lora.py)
+from peftkit.adapters import CONFIG, read_mapping
+from peftkit.errors import RecipeError
+from peftkit.exports.vllm import RANKS
 
 
 def why_not(config: Mapping[str, Any]) -> Iterator[str]:
@@ -24,8 +23,8 @@ def why_not(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"vLLM takes no modules that are saved whole ({', '.join(config['modules_to_save'])})"
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         yield "vLLM would scale all modules alike, without `rank_pattern` and `alpha_pattern`"
-    if config.get("r", 0) > _RANKS[-1]:
-        yield f"its rank is {config['r']}, and vLLM takes at most {_RANKS[-1]}"
+    if config.get("r", 0) > RANKS[-1]:
+        yield f"its rank is {config['r']}, and vLLM takes at most {RANKS[-1]}"
 
 
 def vllm_command(base: str, adapters: Mapping[str, Path], host: str, port: int) -> list[str]:
@@ -40,11 +39,11 @@ def vllm_command(base: str, adapters: Mapping[str, Path], host: str, port: int) 
     Raises:
         RecipeError: vLLM cannot serve one of them, with the reasons.
     """
-    configs = {name: _config(folder) for name, folder in adapters.items()}
+    configs = {name: read_mapping(folder / CONFIG) for name, folder in adapters.items()}
     problems = [f"{name}: {reason}" for name, config in configs.items() for reason in why_not(config)]
     if problems:
         raise RecipeError("--engine vllm cannot serve these adapters:\n  " + "\n  ".join(problems))
-    rank = next(known for known in _RANKS if known >= max(config["r"] for config in configs.values()))
+    rank = next(known for known in RANKS if known >= max(config["r"] for config in configs.values()))
     modules = [f"{name}={folder.absolute()}" for name, folder in adapters.items()]
     lora = ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(adapters)), "--lora-modules", *modules]
     return ["vllm", "serve", base, *lora, "--host", host, "--port", str(port)]
@@ -54,12 +53,3 @@ def require_vllm() -> None:
     """Raise RecipeError where vLLM is not installed."""
     if shutil.which("vllm") is None:
         raise RecipeError("--engine vllm: there is no `vllm` command; `pip install vllm` brings it (Linux with a GPU)")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    return config
