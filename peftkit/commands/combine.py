@@ -19,10 +19,11 @@ from peftkit.combination import (
     option_problems,
     prunes,
 )
-from peftkit.commands.evaluate import Row, rows_of_file
 from peftkit.engine.combinable import Source, check_sources, rank_of, read_sources
 from peftkit.engine.combined import Combined, combined_state, load_combined, num_layers, save_combined
 from peftkit.engine.guard import answering_remedies, explain_exhaustion, memory_text
+from peftkit.engine.rows import Row
+from peftkit.engine.scoring import rows_of_file
 from peftkit.engine.weighing import Metrics, Trial, metrics_of, normalized, search, trial_of
 from peftkit.errors import RecipeError
 from peftkit.tasks import TASKS
@@ -37,7 +38,7 @@ def combine(asked: Request) -> dict[str, Any]:
     sources = read_sources(named, asked.base)
     how = _combination(asked, sources)
     check_sources(sources, how)
-    rows = {source.name: rows_of_file(source.facts, files[source.name])[1] for source in sources if source.name in files}
+    rows = {source.name: rows_of_file(source.facts, files[source.name]) for source in sources if source.name in files}
     told = f"with --batch-size {asked.batch_size}"
     with explain_exhaustion(lambda: memory_text(told, answering_remedies(asked.batch_size))):
         return _combine(asked, how, load_combined(sources, how), rows)

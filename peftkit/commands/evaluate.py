@@ -23,10 +23,9 @@ from peftkit.engine.loaded import LoadedAdapter, load_adapter
 from peftkit.engine.measure import Measured, Rows, compare_with_base, measure
 from peftkit.engine.prepare import same_row, split_rows
 from peftkit.engine.questions import questions_of
-from peftkit.engine.rows import OpenedSplit, RowReader
-from peftkit.engine.sources import sound_rows
+from peftkit.engine.rows import Row, RowReader
+from peftkit.engine.scoring import rows_of_file
 from peftkit.errors import RecipeError
-from peftkit.formats.base import CanonicalRow
 from peftkit.recipe.generation_rules import answer_settings, check_answer_settings
 from peftkit.recipe.schema import Recipe, SourceSection
 from peftkit.run import Run, require_place, write_json, write_text
@@ -37,7 +36,6 @@ from peftkit.tasks.generations_torch import AnswerScorer
 
 SPLITS = ("test", "validation")
 _SAID = ("label", "base_prediction", "prediction")
-Row = tuple[str, CanonicalRow]
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,11 @@ def _recipe_of(path: Path) -> Recipe:
 
 def _evaluate_rows(asked: Request, checked: _Checked, loaded: LoadedAdapter) -> dict[str, Any]:
     """Metrics on the rows, written down; with `--compare-base` beside those of the base."""
-    split, rows = checked.own.rows(loaded) if checked.own is not None else rows_of_file(loaded.facts, asked.data)
+    if asked.data is not None:
+        split, rows = "data", rows_of_file(loaded.facts, asked.data)
+    else:
+        assert checked.own is not None
+        split, rows = checked.own.rows(loaded)
     prepared = _prepare(asked, checked, loaded, split, rows[: asked.max_rows])
     with console.progress(len(prepared) * (1 + asked.compare_base), "evaluating") as advance:
         told = Rows(prepared.examples, prepared.questions, prepared.scorer, asked.batch_size, advance)
@@ -228,7 +230,7 @@ class _OwnSplit:
         assert data is not None
         with_tasks = bool(loaded.runtime.settings.task_names)
         reader = RowReader(loaded.task, Path(), data.system_prompt, with_tasks, data.stopping_strategy, seed)
-        rows = _sound(reader.open(self.sources), drops=self.drops)
+        rows = reader.open(self.sources).sound_rows(drops=self.drops)
         if self.fraction is not None:
             hashes = [getattr(identify(row), same_row(loaded.task)) for _, row in rows]
             rows = [rows[place] for place in split_rows(rows, hashes, self.fraction, seed)[1]]
@@ -251,21 +253,6 @@ def _own_split(path: Path) -> _OwnSplit:
         if recipe.data is not None and sources is not None:
             return _OwnSplit(split, recipe, recipe.data.train, sources)
     raise RecipeError("--data is needed: the run has no test or validation rows of its own")
-
-
-def rows_of_file(facts: AdapterFacts, path: Path | None) -> tuple[str, list[Row]]:
-    """Rows of a file in the format of the training rows, their columns renamed alike."""
-    assert path is not None
-    source = SourceSection(path=str(path.absolute()), format=facts.format)
-    with_tasks = bool(facts.encoding and facts.encoding.task_names)
-    reader = RowReader(TASKS[facts.task], Path(), facts.system_prompt, with_tasks, rename=facts.rename)
-    return "data", _sound(reader.open([source]))
-
-
-def _sound(opened: OpenedSplit, *, drops: bool = False) -> list[Row]:
-    """The rows of a split; those that cannot be read are left out where training left them out."""
-    described = "; ".join(f"format `{source.format.name}`: {source.format.summary}" for source in opened.sources)
-    return sound_rows(opened.rows(), f" ({described})", drops=drops)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -26,14 +26,12 @@ from peftkit.engine.merge import Wanted, check_mergeable, dtype_of_base, merge_a
 from peftkit.engine.model import Base, load_base_model, load_config, meta_model, read_tokenizer, set_pad_token
 from peftkit.engine.modules import head_modules
 from peftkit.engine.quantized import compute_in_float32
-from peftkit.engine.rows import RowReader
-from peftkit.engine.sources import sound_rows
+from peftkit.engine.scoring import rows_of_file
 from peftkit.errors import CertificateError
 from peftkit.exports.base import Check, Dtype, Form
 from peftkit.exports.jobs import LAUNCH, RECORD, Job
 from peftkit.exports.subject import Subject
 from peftkit.recipe.quantization import Quantization, stored_quantization
-from peftkit.recipe.schema import SourceSection
 from peftkit.run import new_folder, write_json, write_text
 from peftkit.tasks.example import Batch, Example, Runtime
 
@@ -120,10 +118,7 @@ class SharedMaterial:
 
     def examples_of(self, path: Path) -> list[Example]:
         """The rows of a file in the format of the training rows, their columns renamed alike."""
-        facts, with_tasks = self._loaded.facts, bool(self.runtime.settings.task_names)
-        reader = RowReader(self._loaded.task, Path(), facts.system_prompt, with_tasks, rename=facts.rename)
-        opened = reader.open([SourceSection(path=str(path.absolute()), format=facts.format)])
-        return encode_rows(self.runtime, sound_rows(opened.rows(), "", drops=False), str(path))
+        return encode_rows(self.runtime, rows_of_file(self._loaded.facts, path), str(path))
 
     def batches(self) -> list[Batch]:
         """The model inputs of each of these rows alone, without labels."""

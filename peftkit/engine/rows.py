@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.engine.sources import Numbered, mixed, read_rows
+from peftkit.engine.sources import Numbered, mixed, read_rows, sound_rows
 from peftkit.errors import DataError
 from peftkit.formats import FORMATS, detect_format
 from peftkit.formats.base import CanonicalRow, Format, RowError, columns_text
@@ -15,6 +15,7 @@ from peftkit.plan import Plan
 from peftkit.recipe.schema import SourceSection
 from peftkit.tasks.base import Task
 
+Row = tuple[str, CanonicalRow]  # `file:row`, and the row in canonical columns
 Canonical = tuple[str, CanonicalRow | RowError]  # `file:row`, and the row in canonical columns or why it cannot be read
 
 
@@ -45,6 +46,11 @@ class OpenedSplit:
         openers = [source.rows for source in self.sources]
         for _, row in mixed(openers, self.weights, self.stopping_strategy, self.seed):
             yield row
+
+    def sound_rows(self, *, drops: bool = False) -> list[Row]:
+        """All rows; those that cannot be read are left out with `drops`, or else told with the formats that were expected."""
+        described = "; ".join(f"format `{source.format.name}`: {source.format.summary}" for source in self.sources)
+        return sound_rows(self.rows(), f" ({described})", drops=drops)
 
 
 @dataclass(frozen=True)

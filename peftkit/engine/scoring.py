@@ -15,8 +15,7 @@ from peftkit.engine.facts import AdapterFacts
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.measure import Rows, measure
 from peftkit.engine.model import read_tokenizer
-from peftkit.engine.rows import RowReader
-from peftkit.engine.sources import sound_rows
+from peftkit.engine.rows import Row, RowReader
 from peftkit.recipe.schema import SourceSection
 from peftkit.tasks import TASKS
 from peftkit.tasks.chat import freeze_date
@@ -28,6 +27,17 @@ from peftkit.tasks.generations_torch import AnswerScorer
 BATCH_SIZE = 16
 
 
+def rows_of_file(facts: AdapterFacts, path: Path) -> list[Row]:
+    """Rows of a file in the format of the training rows, their columns renamed alike, each with its place.
+
+    Raises:
+        DataError: naming those that cannot be read.
+    """
+    with_tasks = bool(facts.encoding and facts.encoding.task_names)
+    reader = RowReader(TASKS[facts.task], Path(), facts.system_prompt, with_tasks, rename=facts.rename)
+    return reader.open([SourceSection(path=str(path.absolute()), format=facts.format)]).sound_rows()
+
+
 def read_examples(folder: Path, facts: AdapterFacts, path: Path) -> list[Example]:
     """The rows of a file, in the format and with the columns and tokens of training; no weights are needed.
 
@@ -35,12 +45,10 @@ def read_examples(folder: Path, facts: AdapterFacts, path: Path) -> list[Example
         DataError: rows that cannot be read or are too long.
         LoadError: there is no tokenizer.
     """
-    task, encoding = TASKS[facts.task], facts.encoding or Encoding(max_length=4096, truncation="right")
+    encoding = facts.encoding or Encoding(max_length=4096, truncation="right")
     tokenizer = read_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else facts.base)
     freeze_date(tokenizer, encoding.template_date)
-    reader = RowReader(task, Path(), facts.system_prompt, bool(encoding.task_names), rename=facts.rename)
-    rows = sound_rows(reader.open([SourceSection(path=str(path.absolute()), format=facts.format)]).rows(), "")
-    return encode_rows(task.runtime(tokenizer, encoding), rows, path.name)
+    return encode_rows(TASKS[facts.task].runtime(tokenizer, encoding), rows_of_file(facts, path), path.name)
 
 
 def deciding_metric(loaded: LoadedAdapter) -> tuple[str, bool]:
