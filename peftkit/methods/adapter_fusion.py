@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from peftkit.methods.base import Method
-from peftkit.methods.fields import ModulesToSave
+from peftkit.methods.fields import ModulesToSave, check_adapters
 from peftkit.section import NonNegativeFloat, PositiveFloat, Section
 
 
@@ -34,11 +34,7 @@ class AdapterFusionSection(Section):
 
 
 def _check(section: AdapterFusionSection) -> Iterator[tuple[str, str]]:
-    adapters = section.adapters
-    if len(adapters) < 2:
-        yield "adapters", f"must name at least 2 bottleneck adapters to attend to, it names {len(adapters)}"
-    if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
-        yield "adapters", f"names an adapter twice: {', '.join(twice)}"
+    yield from check_adapters(section.adapters, "bottleneck adapters to attend to")
 
 
 ADAPTER_FUSION = Method(

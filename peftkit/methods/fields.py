@@ -1,7 +1,8 @@
-"""Fields that most methods share, with the meaning that PEFT gives them."""
+"""Fields that most methods share, with the meaning that PEFT gives them, and a check that some do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -34,3 +35,16 @@ AlphaPattern = Annotated[
     dict[str, PositiveFloat], Field(description="Alpha by module name or regular expression, where it differs.")
 ]
 VirtualTokens = Annotated[PositiveInt, Field(description="Number of virtual tokens.")]
+
+
+def check_adapters(adapters: Sequence[str], what: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with the trained adapters that a method builds on.
+
+    Args:
+        adapters: as the recipe names them.
+        what: what they are, and what for.
+    """
+    if len(adapters) < 2:
+        yield "adapters", f"must name at least 2 {what}, it names {len(adapters)}"
+    if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
+        yield "adapters", f"names an adapter twice: {', '.join(twice)}"

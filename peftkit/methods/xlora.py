@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from peftkit.methods.base import Method
+from peftkit.methods.fields import check_adapters
 from peftkit.section import Number, PositiveFloat, PositiveInt, Section, Share
 
 
@@ -34,13 +35,9 @@ class XLoraSection(Section):
 
 
 def _check(section: XLoraSection) -> Iterator[tuple[str, str]]:
-    adapters = section.adapters
-    if len(adapters) < 2:
-        yield "adapters", f"must name at least 2 LoRA adapters to choose from, it names {len(adapters)}"
-    if twice := sorted({name for name in adapters if adapters.count(name) > 1}):
-        yield "adapters", f"names an adapter twice: {', '.join(twice)}"
-    if section.top_k_lora is not None and section.top_k_lora > len(adapters):
-        yield "top_k_lora", f"must be at most the number of `adapters` ({len(adapters)}), it is {section.top_k_lora}"
+    yield from check_adapters(section.adapters, "LoRA adapters to choose from")
+    if section.top_k_lora is not None and section.top_k_lora > len(section.adapters):
+        yield "top_k_lora", f"must be at most the number of `adapters` ({len(section.adapters)}), it is {section.top_k_lora}"
     if section.enable_softmax_topk and section.top_k_lora is None:
         yield "enable_softmax_topk", "needs `top_k_lora`"
     if section.enable_softmax_topk and section.enable_softmax:
