@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -125,25 +125,46 @@ def answer_file(
     examples = encode_prompts(loaded, rows)
     say_room(loaded, examples, settings)
     job = fingerprint(loaded.folder, [row for _, row in raw], [question.task_id, base, dict(settings)])
-    with UnfinishedAnswers(question.output, job) as found, console.progress(len(rows), "answering") as advance:
+    write_answers(
+        question.output,
+        job,
+        [row for _, row in raw],
+        lambda done: answer_batches(loaded, examples, settings, batch_size=batch_size, done=done),
+    )
+    return len(raw), question.output
+
+
+def write_answers(
+    output: Path,
+    job: str,
+    rows: Sequence[Mapping[str, Any]],
+    answers_of: Callable[[Collection[int]], Iterator[dict[int, dict[str, Any]]]],
+) -> None:
+    """Answer rows and write them with their answers, going on where the same job was interrupted.
+
+    Args:
+        output: the file.
+        job: see `engine.unfinished.fingerprint`.
+        rows: what is written of each row besides its answer.
+        answers_of: numbers of rows that are answered -> answers of the others, by the numbers of their rows.
+    """
+    with UnfinishedAnswers(output, job) as found, console.progress(len(rows), "answering") as advance:
         if found.answers:
             console.print_note(f"{len(found.answers)} of {len(rows)} rows are answered already: {found.path}")
             advance(len(found.answers))
         try:
-            for batch in answer_batches(loaded, examples, settings, batch_size=batch_size, done=found.answers.keys()):
+            for batch in answers_of(found.answers.keys()):
                 found.add(batch)
                 advance(len(batch))
         except KeyboardInterrupt as error:
             what = f"interrupted after {len(found.answers)} of {len(rows)} rows; the same command goes on with the others"
             raise Stopped(what, 130) from error
-        whole = (row | found.answers[number] for number, (_, row) in enumerate(raw))
-        lines = [json.dumps(row, ensure_ascii=False, default=as_json) for row in whole]
-        write_text(question.output, "".join(f"{line}\n" for line in lines))
+        whole = (dict(row) | found.answers[number] for number, row in enumerate(rows))
+        write_text(output, "".join(f"{json.dumps(row, ensure_ascii=False, default=_as_json)}\n" for row in whole))
         found.remove()
-    return len(lines), question.output
 
 
-def as_json(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """A value of a Parquet or Arrow file that JSON does not know: times as ISO 8601, bytes as base64, others as text."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peftkit import console
-from peftkit.commands.infer import Question, as_json, print_answer, reply, require_effect, say_room
+from peftkit.commands.infer import Question, print_answer, reply, require_effect, say_room, write_answers
 from peftkit.engine.generate import answer_batches, encode_prompts, file_row, prompt_row
 from peftkit.engine.loaded import LoadedAdapter
 from peftkit.engine.several import BASE, Several, survey
 from peftkit.engine.sources import read_rows, sound_rows
-from peftkit.engine.unfinished import UnfinishedAnswers, fingerprint
-from peftkit.errors import DataError, RecipeError, Stopped
+from peftkit.engine.unfinished import fingerprint
+from peftkit.errors import DataError, RecipeError
 from peftkit.recipe.schema import SourceSection
-from peftkit.run import require_place, write_text
+from peftkit.run import require_place
 from peftkit.tasks.example import Example
 
 ALL = "all"
@@ -106,18 +105,13 @@ def _answer_file(
     examples = _encoded(several, raw, names, question.task_id)
     folders = [several[name].loaded.folder for name in adapters]
     job = " ".join(fingerprint(folder, [row for _, row in raw], [question.use, base, dict(settings)]) for folder in folders)
-    with UnfinishedAnswers(question.output, job) as found, console.progress(len(raw), "answering") as advance:
-        advance(len(found.answers))
-        try:
-            for batch in _answers(several, examples, names, settings, batch_size=batch_size, done=set(found.answers)):
-                found.add(batch)
-                advance(len(batch))
-        except KeyboardInterrupt as error:
-            what = f"interrupted after {len(found.answers)} of {len(raw)} rows; the same command goes on with the others"
-            raise Stopped(what, 130) from error
-        rows = (row | {"adapter": names[number]} | found.answers[number] for number, (_, row) in enumerate(raw))
-        write_text(question.output, "".join(f"{json.dumps(row, ensure_ascii=False, default=as_json)}\n" for row in rows))
-        found.remove()
+    rows = [row | {"adapter": name} for (_, row), name in zip(raw, names, strict=True)]
+    write_answers(
+        question.output,
+        job,
+        rows,
+        lambda done: _answers(several, examples, names, settings, batch_size=batch_size, done=done),
+    )
     return len(raw)
 
 
@@ -163,7 +157,7 @@ def _answers(
     settings: Mapping[str, Any],
     *,
     batch_size: int,
-    done: set[int],
+    done: Collection[int],
 ) -> Iterator[dict[int, dict[str, Any]]]:
     """Answers by the numbers of their rows, those of one adapter after those of another."""
     for name in dict.fromkeys(names):
