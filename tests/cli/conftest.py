@@ -1,13 +1,21 @@
-"""Trained runs that the tests of `infer`, `merge` and `evaluate` share."""
+"""Trained runs that the tests of `infer`, `merge` and `evaluate` share, and a headless browser for pages."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.conftest import instruction_rows, label_rows, write_jsonl
 from tests.runs import tiny_recipe, train
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def _trained(task: str, models_dir: Path, folder: Path) -> Path:
@@ -43,3 +51,37 @@ def cls_run(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def s2s_run(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SEQ_2_SEQ_LM run on the tiny T5."""
     return _trained("SEQ_2_SEQ_LM", models_dir, tmp_path_factory.mktemp("s2s"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Open an address; nothing may be said on the console, and no request may go to what `is_own` does not know."""
+    said: list[str] = []
+    contexts = []
+
+    def opened(address: str, is_own: Callable[[str], bool], **options: Any) -> Page:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: None if is_own(request.url) else said.append(request.url))
+        page.goto(address)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert said == []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,9 @@ from tests.conftest import Result
 from tests.report_runs import EVIL, write_comparison, write_run
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Page
 
 Open = Callable[..., "Page"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -33,38 +31,20 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_report(folders, root / f"{name}.html") for name, folders in sources.items()}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def show(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
-    """Open a report by name; nothing may be said on the console, and no request may leave the page."""
-    said: list[str] = []
-    contexts = []
+def show(open_page: Callable[..., Page], pages: dict[str, Path]) -> Open:
+    """Open a report by name; no request may leave the page."""
 
     def opened(name: str, width: int = 1200, **options: Any) -> Page:
-        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: said.append(request.url) if request.url != pages[name].as_uri() else None)
-        page.goto(pages[name].as_uri())
-        return page
+        address = pages[name].as_uri()
+        return open_page(
+            address,
+            lambda url: url == address or url.startswith("data:"),
+            viewport={"width": width, "height": 800},
+            **options,
+        )
 
-    yield opened
-    for context in contexts:
-        context.close()
-    assert [text for text in said if not text.startswith("data:")] == []
+    return opened
 
 
 @pytest.mark.parametrize("name", ["one", "several", "compare"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import socket
 import threading
@@ -33,9 +32,8 @@ from tests.runs import peftkit_process, tiny_recipe, train
 from tests.serving import PROMPTS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BERT: dict[str, dict[str, Any]] = {
     "intents": {"task": "SEQ_CLS"},
     "vectors": {"task": "FEATURE_EXTRACTION"},
@@ -355,38 +353,10 @@ def test_vllm_gets_its_command(cli: Callable[..., Result], language_adapters: di
     assert "ia3: it is IA3" in result.err
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def show(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Open the page of a server; nothing may be said on the console, and no request may go elsewhere."""
-    said: list[str] = []
-    contexts = []
-
-    def opened(address: str, **options: Any) -> Page:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith((address, "data:")) else said.append(request.url))
-        page.goto(address)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert said == []
+def show(open_page: Callable[..., Page]) -> Callable[..., Page]:
+    """Open the page of a server; no request may go elsewhere."""
+    return lambda address, **options: open_page(address, lambda url: url.startswith((address, "data:")), **options)
 
 
 def ask(page: Page, text: str) -> None:
