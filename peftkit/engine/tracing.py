@@ -45,7 +45,7 @@ def onnx_model(graph: Graph) -> onnx_ir.Model:
 
 
 def import_openvino() -> Any:
-    """OpenVINO without the package by which it and nncf report every use to Google Analytics, unless a user has forbidden it."""
+    """OpenVINO without the package by which it and nncf report every use to Google Analytics, unless the user forbade it."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # both do without
     import openvino
 
