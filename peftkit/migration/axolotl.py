@@ -15,9 +15,20 @@ _ATTENTION = {
     "flex_attention": "flex_attention",
     "eager_attention": "eager",
 }
+_TRACKERS = {
+    "wandb": ("use_wandb", "wandb_project"),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+    "tensorboard": ("use_tensorboard",),
+    "trackio": ("use_trackio", "trackio_project_name"),
+}
+_PARALLEL = {
+    "context_parallel_size": "context_parallel",
+    "sequence_parallel_degree": "context_parallel",
+    "tensor_parallel_size": "tensor_parallel",
+    "dp_shard_size": "fsdp2",
+    "dp_replicate_size": "fsdp2",
+}
 _KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-_BATCH_SIZE = "batch_size in axolotl is the step's rows on one device too; gradient_accumulation_steps follows from it"
-_MIN_LR = "min_lr_rate"
 
 
 def _task(draft: Draft) -> None:
@@ -134,7 +145,7 @@ def _batch(draft: Draft) -> None:
         return
     draft.put("training.batch_size", draft.get("batch_size"), "batch_size", why=steps.BATCH)
     draft.put("training.micro_batch_size", draft.get("micro_batch_size", 1), "micro_batch_size")
-    draft.drop("gradient_accumulation_steps", _BATCH_SIZE)
+    draft.drop("gradient_accumulation_steps", "follows from batch_size over micro_batch_size, there too")
 
 
 def _schedule(draft: Draft) -> None:
@@ -146,10 +157,8 @@ def _schedule(draft: Draft) -> None:
     ratio = draft.get("cosine_min_lr_ratio")
     if ratio is not None and draft.value("training.lr_scheduler_type") == "cosine":
         draft.put("training.lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler", "cosine_min_lr_ratio")
-        draft.put("training.lr_scheduler_kwargs", {_MIN_LR: ratio}, "cosine_min_lr_ratio")
-    rate = draft.get("learning_rate")
-    if isinstance(rate, str):
-        draft.refuse("learning_rate", f"`{rate}` is no number")
+        draft.put("training.lr_scheduler_kwargs", {"min_lr_rate": ratio}, "cosine_min_lr_ratio")
+    draft.number("learning_rate", 0.0)
 
 
 def _evaluation(draft: Draft) -> None:
@@ -157,10 +166,10 @@ def _evaluation(draft: Draft) -> None:
     for key in ("evals_per_epoch", "saves_per_epoch"):
         times, ours = draft.get(key), "training.eval_steps" if "eval" in key else "training.save_steps"
         has_effect = key == "saves_per_epoch" or "data.validation" in draft.entries
-        if times == 1 or not is_on(times) or not times or not has_effect:
-            draft.drop(
-                key, f"is when peftkit does, unless {ours} says otherwise" if has_effect else "there are no rows to evaluate on"
-            )
+        if not has_effect:
+            draft.drop(key, "there are no rows to evaluate on")
+        elif times == 1 or not times:
+            draft.drop(key, f"is when peftkit does, unless {ours} says otherwise")
         else:
             draft.drop(key, f"once an epoch here; `{ours}` is a number of steps, which `peftkit plan` counts", "changed")
     patience = draft.get("early_stopping_patience")
@@ -172,47 +181,25 @@ def _evaluation(draft: Draft) -> None:
 
 
 def _trackers(draft: Draft) -> None:
-    on = {
-        "wandb": ("use_wandb", "wandb_project"),
-        "mlflow": ("use_mlflow", "mlflow_experiment_name"),
-        "tensorboard": ("use_tensorboard",),
-    }
-    on["trackio"] = ("use_trackio", "trackio_project_name")
-    named = [name for name, (switch, *others) in on.items() if draft.is_on(switch) or any(map(draft.is_on, others))]
-    named = [name for name in named if draft.get(on[name][0]) is not False]
-    keys = [key for name in named for key in on[name]]
-    if named:
-        draft.put("output.report_to", named, *keys)
-    for key in [key for keys_of in on.values() for key in keys_of]:
-        if key not in keys:
-            draft.drop(key, "is off")
+    named = [name for name, keys in _TRACKERS.items() if any(map(draft.is_on, keys)) and draft.get(keys[0]) is not False]
+    keys = [key for name in named for key in _TRACKERS[name]]
+    draft.put("output.report_to", named, *keys)
+    for key in {key for keys_of in _TRACKERS.values() for key in keys_of}.difference(keys):
+        draft.drop(key, "is off")
 
 
 def _launch(draft: Draft) -> None:
     steps.launch(draft)
-    for key, file in (
-        ("context_parallel_size", "context"),
-        ("sequence_parallel_degree", "context"),
-        ("tensor_parallel_size", "tensor"),
-    ):
-        size = draft.get(key, 1)
-        if isinstance(size, int) and size > 1:
-            steps.launched(draft, key, f"configs/{file}_parallel.yaml")
-        else:
-            draft.drop(key, "is 1")
-    for key in ("dp_shard_size", "dp_replicate_size"):
-        if draft.get(key, 1) != 1:
-            steps.launched(draft, key, "configs/fsdp2.yaml")
+    for key, file in _PARALLEL.items():
+        if draft.number(key, 1) > 1:
+            steps.launched(draft, key, f"configs/{file}.yaml")
         else:
             draft.drop(key, "is 1")
     steps.checkpointing(draft, "gradient_checkpointing")
     offloading = draft.get("activation_offloading")
-    if offloading is True:
-        draft.put("training.activation_offloading", True, "activation_offloading")
-    elif is_on(offloading):
-        draft.put(
-            "training.activation_offloading", True, "activation_offloading", why="to the CPU's memory, whatever was asked for"
-        )
+    if is_on(offloading):
+        why = "" if offloading is True else "to the CPU's memory, whatever was asked for"
+        draft.put("training.activation_offloading", True, "activation_offloading", why=why)
     else:
         draft.drop("activation_offloading", "is off")
 
@@ -250,19 +237,6 @@ _LORA_READ = {
     "peft": Move("adapter.loftq_config"),
 }
 _LONGER = "longer rows are left out in silence there and are an error here; `data.truncation: drop` leaves them out"
-READ = {
-    "lora_target_modules": Move("adapter.target_modules"),
-    "lora_target_linear": Move("adapter.target_modules: all-linear"),
-    "lora_target_parameters": Move("adapter.target_parameters"),
-    "peft": Move("adapter.loftq_config"),
-}
-_LONGER = "longer rows are left out in silence there and are an error here; `data.truncation: drop` leaves them out"
-_IMAGES = "peftkit learns from text alone; rows with images, videos or audio are refused"
-_TEMPLATE = (
-    "the tokenizer's own chat template is used, not one of a list; look at the first rows with `peftkit data`, and name "
-    "another by `model.chat_template`"
-)
-_TEXTS = "the tokenizer stays as it is; `peftkit data` shows which end token is learned"
 
 READ = {
     "base_model": Move("model.name_or_path"),
@@ -311,18 +285,8 @@ READ = {
             "save_strategy", "save_steps", "logging_steps", "deepspeed", "fsdp", "fsdp_config", "gradient_checkpointing",
         )
     },
-    "use_wandb": Move("output.report_to: [wandb]"),
-    "wandb_project": Move("output.report_to: [wandb]"),
-    "use_mlflow": Move("output.report_to: [mlflow]"),
-    "mlflow_experiment_name": Move("output.report_to: [mlflow]"),
-    "use_tensorboard": Move("output.report_to: [tensorboard]"),
-    "use_trackio": Move("output.report_to: [trackio]"),
-    "trackio_project_name": Move("output.report_to: [trackio]"),
-    "context_parallel_size": Move("--launch", "configs/context_parallel.yaml"),
-    "sequence_parallel_degree": Move("--launch", "configs/context_parallel.yaml"),
-    "tensor_parallel_size": Move("--launch", "configs/tensor_parallel.yaml"),
-    "dp_shard_size": Move("--launch", "configs/fsdp2.yaml"),
-    "dp_replicate_size": Move("--launch", "configs/fsdp2.yaml"),
+    **{key: Move(f"output.report_to: [{name}]") for name, keys in _TRACKERS.items() for key in keys},
+    **{key: Move("--launch", f"configs/{file}.yaml") for key, file in _PARALLEL.items()},
     "activation_offloading": Move("training.activation_offloading"),
     "torch_compile": Move("training.torch_compile"),
     "rl": Move("", f"refused: {TRAINS}"),

@@ -165,7 +165,8 @@ def _chat(draft: Draft, key: str, item: Mapping[str, Any], default: str) -> dict
     field = str(item.get("field_messages") or default)
     columns = {"messages": field} if field not in ("messages", "conversations") else {}
     columns |= {"tools": str(item["field_tools"])} if item.get("field_tools") not in (None, "tools") else {}
-    mappings = dict(item.get("message_property_mappings") or {})
+    stated = item.get("message_property_mappings")
+    mappings = dict(stated) if isinstance(stated, dict) else {}
     mappings |= {name: item[f"message_field_{name}"] for name in ("role", "content") if item.get(f"message_field_{name}")}
     wrong = [f"{ours}: {theirs}" for ours, theirs in mappings.items() if str(theirs) not in _OF_CHAT.get(ours, (ours,))]
     roles = item.get("roles")
@@ -246,16 +247,16 @@ def _learned(draft: Draft) -> None:
 
 
 def _length(draft: Draft) -> None:
-    tool = draft.tool.read
-    strategy = draft.get("excess_length_strategy")
+    tool, strategy = draft.tool.read, draft.get("excess_length_strategy")
+    train = draft.value("data.train", [])
     if strategy is not None:
         draft.put(
             "data.truncation", tool["excess_length_strategy"].values.get(str(strategy), strategy), "excess_length_strategy"
         )
-    if draft.get("sequence_len") is not None:
-        draft.put(
-            "data.max_length", draft.get("sequence_len"), "sequence_len", why="" if strategy else tool["sequence_len"].why
-        )
+    elif any(source.get("format") == "text" for source in (train if isinstance(train, list) else [train])):
+        draft.add("data.truncation", "split", "longer texts become several examples, as in axolotl")
+    why = "" if "data.truncation" in draft.entries else tool["sequence_len"].why
+    draft.put("data.max_length", draft.get("sequence_len"), "sequence_len", why=why)
     if draft.is_on("sample_packing") and draft.value("model.attn_implementation") == "flex_attention":
         draft.drop(
             "sample_packing", "rows are not packed under flex_attention here; `sdpa` and flash_attention_2 can", "changed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +146,7 @@ class Draft:
     def number(self, key: str, default: float) -> Any:
         """A number of theirs; anything else is refused, and the default taken."""
         value = self.get(key, default)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return value
         self.refuse(key, f"`{value}` is no number")
         return default

@@ -13,17 +13,13 @@ from peftkit.migration.ours import fields_of
 from peftkit.recipe.load import did_you_mean
 
 # Files that lie beside such configurations and are none.
-_OTHERS = {
-    frozenset(
-        {"compute_environment", "distributed_type"}
-    ): "is a launch file of accelerate; `peftkit train --launch FILE` takes it as it is",
-    frozenset(
-        {"zero_optimization"}
-    ): "is a configuration of DeepSpeed; a launch file such as configs/deepspeed_zero3.yaml says it here",
-    frozenset({"task", "model", "adapter"}): "is a recipe of peftkit already",
-}
-# Beside these, `max_steps` and the like, nothing would have an effect, which is an error in a recipe.
-_NEEDED = {"training.loraplus_lr_embedding": "training.loraplus_lr_ratio", "data.stopping_strategy": "data.train"}
+_OTHERS: tuple[tuple[str, str], ...] = (
+    ("compute_environment distributed_type", "is a launch file of accelerate; `peftkit train --launch FILE` takes it as it is"),
+    ("zero_optimization", "is a configuration of DeepSpeed; a launch file such as configs/deepspeed_zero3.yaml says it here"),
+    ("task model adapter", "is a recipe of peftkit already"),
+)
+# A key that would have no effect without another, which is an error in a recipe.
+_NEEDED = {"training.loraplus_lr_embedding": "training.loraplus_lr_ratio"}
 
 
 def recognise(config: Config) -> Tool:
@@ -33,8 +29,8 @@ def recognise(config: Config) -> Tool:
         RecipeError: no tool's, or those of several.
     """
     names = {*config.values}
-    for keys, what in _OTHERS.items():
-        if keys <= names and (len(keys) > 1 or "model_name_or_path" not in names):
+    for keys, what in _OTHERS:
+        if names.issuperset(keys.split()):
             raise RecipeError([Problem(str(config.path), "", what)])
     if config.command:
         return TOOLS["trl"]
@@ -44,9 +40,7 @@ def recognise(config: Config) -> Tool:
         return TOOLS[found[0]]
     if found:
         shown = "; ".join(f"{TOOLS[name].title}: {', '.join(sorted(own[name])[:4])}" for name in found)
-        what = (
-            f"has keys of several tools ({shown}); name the one whose it is by --from, and its other keys are listed as unknown"
-        )
+        what = f"has keys of several tools ({shown}); name one by --from, and the keys of the others are listed as unknown"
     else:
         known = ", ".join(tool.title for tool in TOOLS.values())
         what = f"has no key that one of {known} alone has, so that it may be none of theirs; --from says whose it is"
@@ -134,7 +128,7 @@ def _settle(draft: Draft) -> None:
     for ours, entry in list(draft.entries.items()):
         section, _, name = ours.partition(".")
         field = fields_of(section, draft.value("adapter.method")).get(name)
-        is_told = not entry.keys and not entry.why.startswith(DEFAULT)  # what has a reason of its own stays, for its comment
+        is_told = entry.why and not entry.why.startswith(DEFAULT)  # stays, for its comment
         if section != "adapter" and not is_told and field is not None and _equal(field.default, entry.value):
             _take_out(draft, ours, "", "default")
 

@@ -211,8 +211,10 @@ def _learned(draft: Draft) -> None:
 
 def _length(draft: Draft) -> None:
     tool = draft.tool.read
-    if draft.get("cutoff_len") is not None:
-        draft.put("data.max_length", draft.get("cutoff_len"), "cutoff_len", why=tool["cutoff_len"].why)
+    if draft.get("stage") == "pt":
+        draft.add("data.truncation", "split", "texts that are longer become several examples, as in the stage pt")
+    why = "" if "data.truncation" in draft.entries else tool["cutoff_len"].why
+    draft.put("data.max_length", draft.get("cutoff_len"), "cutoff_len", why=why)
     if draft.is_on("neat_packing"):
         draft.put("data.packing", True, "neat_packing", "packing", why=tool["neat_packing"].why)
     elif draft.is_on("packing"):

@@ -30,7 +30,8 @@ INFO = {
 }
 AXOLOTL = {
     "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "sequence_len": 240,
-    "sample_packing": True, "datasets": [{"path": "data/rows.jsonl", "type": "alpaca"}, {"path": "data/talks.jsonl", "type": "sharegpt"}],
+    "sample_packing": True,
+    "datasets": [{"path": "data/rows.jsonl", "type": "alpaca"}, {"path": "data/talks.jsonl", "type": "sharegpt"}],
     "val_set_size": 0.1, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "num_epochs": 2,
     "optimizer": "adamw_torch_fused", "lr_scheduler": "cosine", "learning_rate": 1e-3, "bf16": "auto", "wandb_project": None,
     "output_dir": "out", "logging_steps": 1,
