@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from peftkit.migration import steps, transformers
+from peftkit.migration import shared, steps
 from peftkit.migration.axolotl_data import read_data
 from peftkit.migration.axolotl_left_out import IGNORED, NO_EQUAL
 from peftkit.migration.base import Draft, Move, Tool, is_on, listed, same, spread
-from peftkit.migration.llamafactory import TRAINS
-from peftkit.migration.places import written_place
 
 _ATTENTION = {
     "flash_attention": "flash_attention_2",
@@ -28,17 +26,16 @@ _PARALLEL = {
     "dp_shard_size": "fsdp2",
     "dp_replicate_size": "fsdp2",
 }
-_KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def _task(draft: Draft) -> None:
     draft.add("task", "CAUSAL_LM", "axolotl trains causal language models")
     rl = draft.get("rl")
     if rl is not None:
-        draft.refuse("rl", f"`{rl}`: preference and reinforcement learning cannot be had here; {TRAINS}")
+        draft.refuse("rl", f"`{rl}`: preference and reinforcement learning cannot be had here; {shared.TRAINS}")
     for key, what in (("reward_model", "reward models"), ("process_reward_model", "process reward models")):
         if draft.is_on(key):
-            draft.refuse(key, f"{what} cannot be trained here; {TRAINS}")
+            draft.refuse(key, f"{what} cannot be trained here; {shared.TRAINS}")
     if draft.get("datasets") is None and draft.get("pretraining_dataset") is None:
         draft.refuse("datasets", "is missing: this trains nothing; `peftkit merge`, `infer` and `evaluate` are commands here")
     if draft.is_on("processor_type") and draft.is_on("skip_prepare_dataset"):
@@ -48,7 +45,7 @@ def _task(draft: Draft) -> None:
 def _model(draft: Draft) -> None:
     for key, ours in (("base_model", "name_or_path"), ("tokenizer_config", "tokenizer_name_or_path")):
         if draft.get(key) is not None:
-            place = written_place(str(draft.get(key)), draft.config.path.parent, draft.recipe_dir)
+            place = draft.place(str(draft.get(key)))
             draft.put(f"model.{ours}", place, key)
     if draft.get("base_model") is None:
         draft.refuse("base_model", "is missing: the base model")
@@ -57,24 +54,19 @@ def _model(draft: Draft) -> None:
     _attention(draft)
     template = draft.get("chat_template_jinja")
     if isinstance(template, str) and "{" not in template:
-        place = written_place(template, draft.config.path.parent, draft.recipe_dir)
+        place = draft.place(template)
         draft.put("model.chat_template", place, "chat_template_jinja")
     elif template is not None:
         draft.drop("chat_template_jinja", "write the text into a file, and name it by `model.chat_template`", "no_equal")
 
 
 def _attention(draft: Draft) -> None:
-    wanted = draft.get("attn_implementation")
-    wanted = None if wanted is None else str(wanted)
-    if wanted in _KERNELS:
-        draft.put("model.attn_implementation", wanted, "attn_implementation")
-    elif wanted is not None:
-        draft.drop("attn_implementation", f"`{wanted}` cannot be had here; transformers picks what fits the model", "no_equal")
+    steps.attention(draft, "attn_implementation")
     for key, kernel in _ATTENTION.items():
-        if draft.is_on(key) and wanted is None:
+        if draft.is_on(key) and draft.get("attn_implementation") is None:
             draft.put("model.attn_implementation", kernel, key)
         else:
-            draft.drop(key, "is off" if wanted is None else "has no effect beside attn_implementation")
+            draft.drop(key, "is off, or attn_implementation says it")
 
 
 def _method(draft: Draft) -> None:
@@ -265,12 +257,12 @@ READ = {
     "excess_length_strategy": Move("data.truncation", values={"truncate": "right", "raise": "error", "drop": "drop"}),
     "sample_packing": Move("data.packing", "batch_size counts rows here, and packed sequences of many rows there"),
     "train_on_inputs": Move("data.train_on: all"),
-    "micro_batch_size": transformers.READ["per_device_train_batch_size"],
-    "gradient_accumulation_steps": transformers.READ["gradient_accumulation_steps"],
+    "micro_batch_size": shared.READ["per_device_train_batch_size"],
+    "gradient_accumulation_steps": shared.READ["gradient_accumulation_steps"],
     "batch_size": Move("training.batch_size", steps.BATCH),
     "num_epochs": Move("training.num_train_epochs"),
-    **{name: transformers.READ[name] for name in ("max_steps", "max_grad_norm", "warmup_steps", "warmup_ratio")},
-    "lr_scheduler_kwargs": transformers.READ["lr_scheduler_kwargs"],
+    **{name: shared.READ[name] for name in ("max_steps", "max_grad_norm", "warmup_steps", "warmup_ratio")},
+    "lr_scheduler_kwargs": shared.READ["lr_scheduler_kwargs"],
     "optimizer": Move("training.optim"),
     "lr_scheduler": Move("training.lr_scheduler_type", "left out, it is cosine there, and linear here: it is written out"),
     "cosine_min_lr_ratio": Move("training.lr_scheduler_kwargs: {min_lr_rate: ...}"),
@@ -279,7 +271,7 @@ READ = {
     "saves_per_epoch": Move("training.save_steps", "a number of steps here; left out, once an epoch"),
     "early_stopping_patience": Move("training.early_stopping_patience"),
     **{
-        key: transformers.READ[key]
+        key: shared.READ[key]
         for key in (
             "eval_strategy", "evaluation_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
             "save_strategy", "save_steps", "logging_steps", "deepspeed", "fsdp", "fsdp_config", "gradient_checkpointing",
@@ -289,9 +281,9 @@ READ = {
     **{key: Move("--launch", f"configs/{file}.yaml") for key, file in _PARALLEL.items()},
     "activation_offloading": Move("training.activation_offloading"),
     "torch_compile": Move("training.torch_compile"),
-    "rl": Move("", f"refused: {TRAINS}"),
-    "reward_model": Move("", f"refused: {TRAINS}"),
-    "process_reward_model": Move("", f"refused: {TRAINS}"),
+    "rl": Move("", f"refused: {shared.TRAINS}"),
+    "reward_model": Move("", f"refused: {shared.TRAINS}"),
+    "process_reward_model": Move("", f"refused: {shared.TRAINS}"),
 }  # fmt: skip
 
 AXOLOTL = Tool(
@@ -306,7 +298,7 @@ AXOLOTL = Tool(
         ),
         "adam_eps": Move("training.adam_epsilon"),
         "noisy_embedding_alpha": Move("training.neftune_noise_alpha"),
-        "seed": transformers.MOVES["seed"],
+        "seed": shared.MOVES["seed"],
         "trust_remote_code": Move("model.trust_remote_code"),
         "revision_of_model": Move("model.revision"),
         "overrides_of_model_config": Move("model.config_overrides"),
@@ -319,7 +311,7 @@ AXOLOTL = Tool(
     ignored=IGNORED,
     refused=spread(
         {
-            f"distillation and diffusion cannot be had here; {TRAINS}": "kd_trainer diffusion",
+            f"distillation and diffusion cannot be had here; {shared.TRAINS}": "kd_trainer diffusion",
         }
     ),
     steps=(

@@ -8,7 +8,6 @@ from typing import Any
 
 from peftkit.formats.messages import ROLES
 from peftkit.migration.base import Draft, Note, is_on, listed, spread
-from peftkit.migration.places import written_place
 from peftkit.recipe.load import did_you_mean
 from peftkit.recipe.paths import source_kind
 from peftkit.recipe.schema import SourceSection
@@ -129,17 +128,14 @@ def _left_out(draft: Draft, key: str, item: Mapping[str, Any]) -> None:
 
 def _path(draft: Draft, item: Mapping[str, Any]) -> str:
     path, files = str(item["path"]), listed(item["data_files"]) if item.get("data_files") else []
-    folder = draft.config.path.parent
     if not files:
-        return written_place(path, folder, draft.recipe_dir)
+        return draft.place(path)
     if len(files) > 1:
         draft.refuse("datasets", f"`{path}` has several data_files; name a folder, a glob, or one data set for each of them")
     if path in _BUILDERS:
-        return written_place(files[0], folder, draft.recipe_dir)
+        return draft.place(files[0])
     kind = source_kind(SourceSection(path=path), draft.recipe_dir)
-    return (
-        f"hf://datasets/{path}/{files[0]}" if kind == "hub" else written_place(f"{path}/{files[0]}", folder, draft.recipe_dir)
-    )
+    return f"hf://datasets/{path}/{files[0]}" if kind == "hub" else draft.place(f"{path}/{files[0]}")
 
 
 def _layout(draft: Draft, key: str, item: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

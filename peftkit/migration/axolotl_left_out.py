@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from peftkit.migration import transformers
+from peftkit.migration import shared
 from peftkit.migration.base import spread
-from peftkit.migration.llamafactory import TRAINS
 
-_IMAGES = "peftkit learns from text alone; rows with images, videos or audio are refused"
-_TEMPLATE = (
-    "the tokenizer's own chat template is used, not one of a list; look at the first rows with `peftkit data`, and name "
-    "another by `model.chat_template`"
-)
 _TEXTS = "the tokenizer stays as it is; `peftkit data` shows which end token is learned"
 NO_EQUAL = spread(
     {
-        _TEMPLATE: "chat_template",
+        shared.TEMPLATE: "chat_template",
         _TEXTS: """
             special_tokens tokens added_tokens_overrides eot_tokens fix_untrained_tokens
             resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings
             tokenizer_use_mistral_common
         """,
-        _IMAGES: """
+        shared.IMAGES: """
             processor_type processor_kwargs image_size image_resize_algorithm role_boundaries freeze_mm_modules
             skip_prepare_dataset
         """,
@@ -105,15 +99,15 @@ NO_EQUAL = spread(
 _KERNELS = "kernels change speed alone; peftkit has its own shorter ways to the same loss (training.fast_paths)"
 IGNORED = spread(
     {
-        transformers.PLACES: "output_dir axolotl_config_path",
-        transformers.HUB: "hub_model_id hub_strategy hub_revision push_dataset_to_hub hf_use_auth_token save_safetensors",
-        transformers.RESUME: "resume_from_checkpoint auto_resume_from_checkpoints",
-        transformers.LOGGING: """
+        shared.PLACES: "output_dir axolotl_config_path",
+        shared.HUB: "hub_model_id hub_strategy hub_revision push_dataset_to_hub hf_use_auth_token save_safetensors",
+        shared.RESUME: "resume_from_checkpoint auto_resume_from_checkpoints",
+        shared.LOGGING: """
             wandb_name wandb_run_id wandb_mode wandb_entity wandb_watch wandb_log_model mlflow_tracking_uri
             mlflow_run_name hf_mlflow_log_artifacts trackio_run_name trackio_space_id profiler_steps
             profiler_steps_start include_tokens_per_second include_tkps debug strict
         """,
-        transformers.SPEED: """
+        shared.SPEED: """
             tf32 dataloader_pin_memory dataloader_num_workers dataloader_prefetch_factor dataset_processes
             dataset_num_proc dataset_keep_in_memory remove_unused_columns gc_steps torch_empty_cache_steps
             gc_collect_steps gradient_checkpointing_kwargs flex_attn_compile_kwargs deepcompile
@@ -135,7 +129,7 @@ IGNORED = spread(
             sdpa_varlen use_kernels use_dsv4_kernels use_glm_dsa_kernels plugins
         """,
         "tokenised rows are kept by themselves (data.cache)": "dataset_prepared_path num_dataset_shards_to_save",
-        transformers.GROUPED: "group_by_length",
+        shared.GROUPED: "group_by_length",
         "rows are always shuffled by training.seed": "shuffle_merged_datasets",
         "transformers picks the classes from the checkpoint": """
             model_type type_of_model tokenizer_type tokenizer_use_fast tokenizer_legacy is_falcon_derived_model
@@ -144,7 +138,7 @@ IGNORED = spread(
         "counted by axolotl itself": "total_num_tokens total_supervised_tokens",
         "the metric says by itself which way is better": "greater_is_better",
         "a quantised checkpoint says so itself": "gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama",
-        transformers.LAUNCHED: """
+        shared.LAUNCHED: """
             device device_map world_size local_rank ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers
             ddp_find_unused_parameters accelerator_config fsdp_version fsdp_final_state_dict_type heads_k_stride
             ring_attn_func use_ray ray_run_name ray_num_workers resources_per_worker
@@ -153,7 +147,7 @@ IGNORED = spread(
             merge_lora merge_method gradio_title gradio_share gradio_server_name gradio_server_port
             gradio_max_new_tokens gradio_temperature vllm
         """,
-        f"belongs to preference or reinforcement learning, which cannot be had here; {TRAINS}": """
+        f"belongs to preference or reinforcement learning, which cannot be had here; {shared.TRAINS}": """
             trl ebft center_rewards_coefficient dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs
             dpo_use_liger_kernel dpo_padding_free dpo_loss_type dpo_loss_weights simpo_gamma cpo_alpha
             kto_desirable_weight kto_undesirable_weight rl_beta dpo_beta dpo_use_logits_to_keep

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftkit.errors import Problem
+from peftkit.migration.places import written_place
 
 Outcome = Literal["kept", "default", "changed", "added", "no_equal", "ignored", "unknown"]
 OUTCOMES: Mapping[Outcome, str] = {
@@ -40,7 +41,7 @@ class Config:
     lines: Mapping[str, int] = field(default_factory=dict)
     command: str = ""
 
-    def place(self, key: str) -> str:
+    def where(self, key: str) -> str:
         """`file:line` of a key."""
         return f"{self.path}:{self.lines[key]}" if key in self.lines else str(self.path)
 
@@ -178,6 +179,10 @@ class Draft:
         if ours not in self.entries:
             self.entries[ours] = Entry(value, (), why or f"{DEFAULT} {self.tool.title}")
 
+    def place(self, name: Any) -> str:
+        """A path or hub id of theirs as the recipe has to say it."""
+        return written_place(str(name), self.config.path.parent, self.recipe_dir)
+
     def drop(self, key: str, why: str, outcome: Outcome = "ignored") -> None:
         """Leave one of their keys out, where it is stated."""
         if key in self.config.values:
@@ -185,7 +190,7 @@ class Draft:
 
     def refuse(self, key: str, what: str) -> None:
         """Something that cannot be had here."""
-        self.problems.append(Problem(self.config.place(key), key, what))
+        self.problems.append(Problem(self.config.where(key), key, what))
 
     def value(self, ours: str, default: Any = None) -> Any:
         """What the recipe has so far."""

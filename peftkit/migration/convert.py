@@ -86,7 +86,7 @@ def _refuse(draft: Draft) -> None:
         if key in draft.tool.refused and is_on(value):
             grouped.setdefault(draft.tool.refused[key], []).append(key)
     for why, keys in grouped.items():
-        draft.problems.append(Problem(draft.config.place(keys[0]), ", ".join(keys), why))
+        draft.problems.append(Problem(draft.config.where(keys[0]), ", ".join(keys), why))
     if draft.problems:
         raise RecipeError(draft.problems)  # what else such a file has means other things
 
@@ -109,7 +109,7 @@ def _by_table(draft: Draft, key: str, value: Any) -> None:
     elif key in tool.no_equal:
         draft.drop(key, tool.no_equal[key], "no_equal")
     else:
-        draft.drop(key, f"goes with other keys that are not there: {tool.read[key].ours}")
+        draft.drop(key, f"has no effect without the keys that it goes with ({tool.read[key].ours})")
 
 
 def _move(draft: Draft, key: str, value: Any, move: Move) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftkit.migration import steps, transformers
+from peftkit.migration import shared, steps
 from peftkit.migration.base import Draft, Move, Tool, is_on, listed, same, spread
 from peftkit.migration.llamafactory_data import read_data
 
@@ -13,14 +13,13 @@ _STAGES = {
     "dpo": "DPO (and ORPO, SimPO and others)",
     "kto": "KTO",
 }
-TRAINS = "peftkit trains on answers (SFT), on text, and CAUSAL_LM learns the chosen answer of preference rows"
 _ATTENTION = {"fa2": "flash_attention_2", "flash_attention2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa"}
 
 
 def _stage(draft: Draft) -> None:
     stage = str(draft.get("stage", "sft"))
     if stage in _STAGES:
-        draft.refuse("stage", f"`{stage}`: {_STAGES[stage]} cannot be trained here; {TRAINS}")
+        draft.refuse("stage", f"`{stage}`: {_STAGES[stage]} cannot be trained here; {shared.TRAINS}")
     elif stage not in ("sft", "pt"):
         draft.refuse(
             "stage", f"`{stage}` is no stage of LLaMA-Factory; of pt, sft, rm, ppo, dpo, kto the first two can be trained here"
@@ -126,6 +125,7 @@ def _precision(draft: Draft) -> None:
 
 
 def _checkpointing(draft: Draft) -> None:
+    _leave(draft, "gradient_checkpointing activation_checkpointing", "disable_gradient_checkpointing alone decides there")
     if draft.is_on("disable_gradient_checkpointing"):
         draft.put("training.gradient_checkpointing", False, "disable_gradient_checkpointing")
         draft.add("training.gradient_checkpointing", False)
@@ -176,11 +176,6 @@ _LORA_ONLY = """
 """
 _SAMPLING = ("temperature", "top_p", "top_k")
 _GENERATION = ("do_sample", *_SAMPLING, "num_beams", "max_new_tokens", "repetition_penalty")
-_IMAGES = "peftkit learns from text alone; rows with images, videos or audio are refused"
-_TEMPLATE = (
-    "the tokenizer's own chat template is used, not one of a list; look at the first rows with `peftkit data`, and name "
-    "another by `model.chat_template`"
-)
 _NO_OPTIMIZER = "is no optimizer here; adamw_torch_fused is taken, which needs more memory and another learning rate"
 _V1 = "the layout of LLaMA-Factory's v1 trainer is not read; that of v0 (model_name_or_path, stage, dataset) is"
 _MEGATRON = "Megatron is not used here; `--launch configs/...` divides a model by FSDP2, DeepSpeed or tensor parallelism"
@@ -190,12 +185,12 @@ LLAMAFACTORY = Tool(
     title="LLaMA-Factory",
     version="0.9.5",
     moves={
-        **transformers.MOVES,
+        **shared.MOVES,
         **same("use_rslora use_dora lora_dropout", "adapter"),
         **same("trust_remote_code", "model"),
     },
     read={
-        **transformers.READ,
+        **shared.READ,
         "stage": Move("task: CAUSAL_LM", "sft and pt; what is learned follows from the rows"),
         "finetuning_type": Move("adapter.method", "lora, oft and full"),
         "model_name_or_path": Move("model.name_or_path"),
@@ -241,11 +236,11 @@ LLAMAFACTORY = Tool(
         "overwrite_cache": Move("data.cache: false", "rows are found again by what is in them, so that nothing is stale"),
         **{key: Move(f"generation.{key}") for key in _GENERATION},
     },
-    no_equal=transformers.NO_EQUAL
+    no_equal=shared.NO_EQUAL
     | spread(
         {
-            _TEMPLATE: "template tool_format",
-            _IMAGES: """
+            shared.TEMPLATE: "template tool_format",
+            shared.IMAGES: """
                 image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels
                 video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate
                 freeze_vision_tower freeze_multi_modal_projector freeze_language_model media_dir
@@ -300,10 +295,10 @@ LLAMAFACTORY = Tool(
             """,
         }
     ),
-    ignored=transformers.IGNORED
+    ignored=shared.IGNORED
     | spread(
         {
-            transformers.SPEED: """
+            shared.SPEED: """
                 preprocessing_num_workers preprocessing_batch_size low_cpu_mem_usage use_fast_tokenizer
                 use_reentrant_gc quantization_device_map offload_folder use_kv_cache device_map compute_dtype
                 model_max_length block_diag_attn
@@ -311,13 +306,13 @@ LLAMAFACTORY = Tool(
             "tokenised rows are kept by themselves (data.cache)": "tokenized_path data_shared_file_system",
             "the hub's own cache and login are used": "cache_dir hf_hub_token ms_hub_token om_hub_token",
             "PiSSA is always saved as a plain LoRA of twice the rank": "pissa_convert",
-            transformers.LOGGING: """
+            shared.LOGGING: """
                 plot_loss include_effective_tokens_per_second print_param_status enable_torch_profiler
                 profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps
                 profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack
                 profile_modules
             """,
-            transformers.LAUNCHED: """
+            shared.LAUNCHED: """
                 ray_num_workers ray_init_kwargs master_addr master_port ray_run_name ray_storage_path
                 resources_per_worker placement_strategy
             """,
@@ -331,7 +326,7 @@ LLAMAFACTORY = Tool(
                 max_length length_penalty skip_special_tokens eval_num_beams
             """,
             "belongs to `peftkit evaluate --harness`": "task task_dir batch_size lang n_shot save_dir download_mode",
-            f"belongs to preference learning, which cannot be had here; {TRAINS}": """
+            f"belongs to preference learning, which cannot be had here; {shared.TRAINS}": """
                 pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight
                 kto_rejected_weight simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target
                 ppo_whiten_rewards ref_model ref_model_adapters ref_model_quantization_bit reward_model

@@ -10,7 +10,7 @@ from typing import Any
 from peftkit.errors import Problem, RecipeError
 from peftkit.formats.messages import ROLES
 from peftkit.migration.base import Draft, listed
-from peftkit.migration.places import find_place, from_recipe, written_place
+from peftkit.migration.places import find_place, from_recipe
 from peftkit.recipe.load import did_you_mean
 from peftkit.recipe.yaml_file import parse_scalar
 
@@ -76,7 +76,7 @@ def _model(draft: Draft) -> None:
     if name is None:
         draft.refuse("model_name_or_path", "is missing: the base model")
     else:
-        place = written_place(str(name), draft.config.path.parent, draft.recipe_dir)
+        place = draft.place(name)
         draft.put("model.name_or_path", place, "model_name_or_path")
 
 

@@ -73,7 +73,11 @@ def _read_shell(path: Path, content: bytes) -> Config:
     variables = {name: value.strip("\"'") for name, value in _ASSIGNMENT.findall(text)}
     found = list(_commands(path, text, variables))
     if len(found) != 1:
-        what = f"has {len(found)} TRL commands; keep the one to move over" if found else "has no `trl sft ...` command"
+        what = (
+            f"has {len(found)} TRL commands; keep the one to move over"
+            if found
+            else "has no `trl sft ...` command; of other tools the YAML is read"
+        )
         raise RecipeError([Problem(str(path), "", what)])
     command, before, after = found[0]
     values = _options(before) | _options(after)

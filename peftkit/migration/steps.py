@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftkit.migration.base import Draft, is_on, listed
+from peftkit.recipe.yaml_file import parse_yaml
 
 OPTIMIZERS: Mapping[str, str] = {
     **{name: name for name in ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor")},
@@ -26,6 +27,7 @@ SCHEDULES: Mapping[str, str] = {
     "cosine_warmup_with_min_lr": "cosine_with_min_lr",
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 BATCH = "rows of a whole step over all devices; on N devices theirs is N times as much, so multiply it by N for the same step"
 _LOSS = ("loss", "eval_loss")
 
@@ -81,7 +83,9 @@ def schedule(draft: Draft, key: str) -> None:
             draft.drop(key, f"`{name}` is no schedule here; linear is taken", "no_equal")
         else:
             draft.put("training.lr_scheduler_type", ours, key)
-    kwargs = draft.get("lr_scheduler_kwargs")
+    kwargs = draft.get("lr_scheduler_kwargs", {})
+    if isinstance(kwargs, str):  # of a command line
+        kwargs = parse_yaml(f"kwargs: {kwargs}".encode(), draft.config.where("lr_scheduler_kwargs"))[0]["kwargs"]
     if isinstance(kwargs, dict) and kwargs:
         draft.put("training.lr_scheduler_kwargs", kwargs, "lr_scheduler_kwargs")
     _warmup(draft)
@@ -128,6 +132,7 @@ def evaluation(draft: Draft, batch_size: str) -> None:
     for key in ("eval_on_start", "load_best_model_at_end"):
         if draft.get(key) is not None:
             draft.put(f"training.{key}", draft.is_on(key), key)
+    draft.add("training.load_best_model_at_end", False)
     _eval_steps(draft)
     metric = draft.get("metric_for_best_model")
     if str(metric) in _LOSS:
@@ -219,6 +224,17 @@ def checkpointing(draft: Draft, key: str) -> None:
         )
     elif value is not None:
         draft.put("training.gradient_checkpointing", is_on(value), key)
+
+
+def attention(draft: Draft, key: str) -> None:
+    """The attention kernel, where there is the same."""
+    wanted = draft.get(key)
+    if wanted is None:
+        return
+    if str(wanted) in KERNELS:
+        draft.put("model.attn_implementation", str(wanted), key)
+    else:
+        draft.drop(key, f"`{wanted}` cannot be had here; transformers picks what fits the model", "no_equal")
 
 
 def lora_targets(value: Any, everything: str) -> Any:

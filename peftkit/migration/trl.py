@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftkit.migration import steps, transformers
+from peftkit.migration import shared, steps
 from peftkit.migration.base import Draft, Move, Tool, is_on, listed, same, spread
-from peftkit.migration.llamafactory import TRAINS
-from peftkit.migration.places import written_place
 from peftkit.migration.trl_data import LEARNED, LONGER, read_data
 
 _DEVICES = ("num_processes", "nproc_per_node")
@@ -19,18 +17,16 @@ _BNB = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 def _command(draft: Draft) -> None:
     command = draft.config.command
     if command not in ("", "sft"):
-        draft.refuse("", f"`trl {command}` cannot be had here; {TRAINS}")
+        draft.refuse("", f"`trl {command}` cannot be had here; {shared.TRAINS}")
     draft.put("task", "CAUSAL_LM", "lora_task_type")
     draft.add("task", "CAUSAL_LM", "what SFT trains")
     if draft.get("lora_task_type", "CAUSAL_LM") != "CAUSAL_LM":
-        draft.refuse("lora_task_type", f"`{draft.get('lora_task_type')}`: {TRAINS}")
+        draft.refuse("lora_task_type", f"`{draft.get('lora_task_type')}`: {shared.TRAINS}")
     name = draft.get("model_name_or_path")
     if name is None:
         draft.refuse("model_name_or_path", "is missing: the base model")
     else:
-        draft.put(
-            "model.name_or_path", written_place(str(name), draft.config.path.parent, draft.recipe_dir), "model_name_or_path"
-        )
+        draft.put("model.name_or_path", draft.place(name), "model_name_or_path")
 
 
 def _model(draft: Draft) -> None:
@@ -46,16 +42,10 @@ def _model(draft: Draft) -> None:
         draft.add("model.dtype", dtype)
     else:
         draft.drop(key, f"`{dtype}` is no type here; `auto` is taken", "no_equal")
-    wanted = str(draft.get("attn_implementation", ""))
-    if wanted in ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"):
-        draft.put("model.attn_implementation", wanted, "attn_implementation")
-    elif wanted:
-        draft.drop("attn_implementation", f"`{wanted}` cannot be had here; transformers picks what fits the model", "no_equal")
+    steps.attention(draft, "attn_implementation")
     template = draft.get("chat_template_path")
     if template is not None and Path(str(template)).suffix in (".jinja", ".jinja2"):
-        draft.put(
-            "model.chat_template", written_place(template, draft.config.path.parent, draft.recipe_dir), "chat_template_path"
-        )
+        draft.put("model.chat_template", draft.place(template), "chat_template_path")
     elif template is not None:
         draft.drop(
             "chat_template_path",
@@ -114,7 +104,8 @@ def _training(draft: Draft) -> None:
     steps.evaluation(draft, "per_device_eval_batch_size")
     steps.saving(draft)
     steps.trackers(draft)
-    steps.checkpointing(draft, "gradient_checkpointing")
+    for key in ("activation_checkpointing", "gradient_checkpointing"):
+        steps.checkpointing(draft, key)
     draft.add("training.gradient_checkpointing", True)
     _launch(draft)
 
@@ -153,13 +144,13 @@ TRL = Tool(
     title="TRL",
     version="1.16.0",
     moves={
-        **transformers.MOVES,
+        **shared.MOVES,
         **_LORA,
         **same("trust_remote_code", "model"),
         "activation_offloading": Move("training.activation_offloading"),
     },
     read={
-        **transformers.READ,
+        **shared.READ,
         "model_name_or_path": Move("model.name_or_path"),
         "model_revision": Move("model.revision"),
         "dtype": Move("model.dtype", "float32 is the default there, and `auto` here: it is written out"),
@@ -196,7 +187,7 @@ TRL = Tool(
         "accelerate_config": Move("--launch", "configs/*.yaml"),
         "config_file": Move("--launch", "configs/*.yaml"),
     },
-    no_equal=transformers.NO_EQUAL
+    no_equal=shared.NO_EQUAL
     | spread(
         {
             "the base is loaded as its checkpoint has it": "model_init_kwargs",
@@ -206,16 +197,16 @@ TRL = Tool(
             "code of the hub's repositories runs by `model.trust_remote_code` alone": "model_code_revision",
         }
     ),
-    ignored=transformers.IGNORED
+    ignored=shared.IGNORED
     | spread(
         {
-            transformers.SPEED: """
+            shared.SPEED: """
                 dataset_num_proc dataset_batch_size padding_free pad_to_multiple_of eval_packing use_liger
                 gradient_checkpointing_use_reentrant
             """,
             "rows are always shuffled, by training.seed": "shuffle_dataset",
             "rows of a step fill sequences of max_length, the longest first": "packing_strategy",
-            transformers.LAUNCHED: """
+            shared.LAUNCHED: """
                 ignore_bias_buffers env num_machines machine_rank main_process_ip main_process_port
                 mixed_precision multi_gpu num_cpu_threads_per_process dynamo_backend nnodes node_rank
                 master_addr master_port rdzv_endpoint rdzv_backend gpu_ids debug
@@ -224,7 +215,7 @@ TRL = Tool(
     ),
     refused=spread(
         {
-            f"belongs to preference or reinforcement learning or distillation, which cannot be had here; {TRAINS}": """
+            f"belongs to preference or reinforcement learning or distillation, which cannot be had here; {shared.TRAINS}": """
                 beta loss_weights ref_model_mixup_alpha ref_model_sync_steps sync_ref_model
                 precompute_ref_log_probs f_divergence_type ld_alpha discopop_tau num_generations
                 reward_model_path reward_model_name_or_path reward_funcs max_completion_length max_prompt_length

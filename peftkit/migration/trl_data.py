@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftkit.migration.base import Draft
-from peftkit.migration.places import find_place, written_place
+from peftkit.migration.places import find_place
 from peftkit.recipe.paths import source_kind
 from peftkit.recipe.schema import SourceSection
 
@@ -43,7 +43,7 @@ def _leave(draft: Draft, keys: tuple[str, ...], why: str) -> None:
 
 def _dataset(draft: Draft, name: str) -> None:
     """One data set: rows of its train split, and of its test split where they are evaluated."""
-    path = written_place(name, draft.config.path.parent, draft.recipe_dir)
+    path = draft.place(name)
     splits = [str(draft.get(f"dataset_{part}_split", part)) for part in ("train", "test")]
     if source_kind(SourceSection(path=path), draft.recipe_dir) == "files":
         sources = [{"path": _file_of_split(path, split, draft)} for split in splits]
@@ -90,7 +90,7 @@ def _source(draft: Draft, item: Mapping[str, Any]) -> dict[str, Any]:
         path = files
     elif files or item.get("data_dir"):
         draft.refuse("datasets", f"`{path}` has data_files or data_dir; name the file itself by `path`")
-    made = {"path": written_place(path, draft.config.path.parent, draft.recipe_dir)}
+    made = {"path": draft.place(path)}
     if source_kind(SourceSection(path=made["path"]), draft.recipe_dir) == "hub":
         split = {} if item.get("split") in (None, "train") else {"split": str(item["split"])}
         made |= split | ({"config": str(item["name"])} if item.get("name") else {})

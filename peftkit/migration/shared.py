@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from peftkit.migration.base import Move, same, spread
 
+TRAINS = "peftkit trains on answers (SFT), on text, and CAUSAL_LM learns the chosen answer of preference rows"
+IMAGES = "peftkit learns from text alone; rows with images, videos or audio are refused"
+TEMPLATE = (
+    "the tokenizer's own chat template is used, not one of a list; look at the first rows with `peftkit data`, and name "
+    "another by `model.chat_template`"
+)
 SPEED = "changes speed or memory and nothing that is learned; peftkit decides it"
 LOGGING = "says how a run is logged; a run here always writes metrics.jsonl, train.log and its report"
 HUB = "sends to the hub; `peftkit push RUN OWNER/NAME` does, when the run is done"
