@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftkit.migration.base import Draft
+from peftkit.migration.base import Draft, Note
 from peftkit.migration.places import find_place
+from peftkit.recipe.load import did_you_mean
 from peftkit.recipe.paths import source_kind
 from peftkit.recipe.schema import SourceSection
 
@@ -16,6 +17,7 @@ LEARNED = (
 )
 LONGER = "rows that are longer are cut in silence there and are an error here; `data.truncation: right` cuts them"
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+READ_OF_DATASET = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 _ONE = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
 _SEVERAL = ("streaming", "test_split_size")
 
@@ -85,6 +87,11 @@ def _mixture(draft: Draft) -> None:
 
 
 def _source(draft: Draft, item: Mapping[str, Any]) -> dict[str, Any]:
+    for name in [name for name in item if name not in READ_OF_DATASET]:
+        why = did_you_mean(name, READ_OF_DATASET).removeprefix("; ") or "no such key"
+        draft.notes[f"datasets.{name}"] = Note(f"datasets.{name}", "unknown", "", why)
+    if item.get("columns"):
+        draft.notes["datasets.columns"] = Note("datasets.columns", "ignored", "", "a format reads the columns that it knows")
     path, files = str(item["path"]), item.get("data_files")
     if path in _BUILDERS and isinstance(files, str):
         path = files

@@ -54,7 +54,7 @@ def _left_out(draft: Draft) -> Iterator[str]:
 def _entry(name: str, entry: Entry, indent: str) -> Iterator[str]:
     lines = list(_lines(name, entry.value, indent))
     keys = ", ".join(key for key in entry.keys if entry.why or key != name or len(entry.keys) > 1)
-    comment = ": ".join(part for part in (keys, entry.why) if part)
+    comment = _one_line(": ".join(part for part in (keys, entry.why) if part))
     if comment and len(lines[0]) + len(comment) <= _WIDTH:
         lines[0] += f"    # {comment}"
     elif comment:
@@ -62,9 +62,14 @@ def _entry(name: str, entry: Entry, indent: str) -> Iterator[str]:
     yield from lines
 
 
+def _one_line(text: str) -> str:
+    """A text in a comment: what stands in their values must not end the line."""
+    return " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())
+
+
 def _comment(text: str, indent: str, hanging: str = "") -> list[str]:
     return textwrap.wrap(
-        text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# {hanging}", break_long_words=False,
+        _one_line(text), _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# {hanging}", break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 
@@ -105,8 +110,12 @@ def _flow(value: Any) -> str:
     return _key(value) if isinstance(value, str) else json.dumps(value)
 
 
-def _key(text: Any) -> str:
+def _key(value: Any) -> str:
     """A text, in quotes where YAML would read it as something else."""
-    text = str(text)
+    text = str(value)
     is_plain = _PLAIN.fullmatch(text) and isinstance(parse_scalar(text), str) and text.lower() not in _OLD_WORDS
-    return text if is_plain else json.dumps(text, ensure_ascii=False)
+    if is_plain:
+        return text
+    # JSON leaves some marks as they are that YAML takes for the end of a line, or refuses.
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(mark if mark.isprintable() else f"\\U{ord(mark):08x}" for mark in quoted)

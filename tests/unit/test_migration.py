@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from peftkit.errors import RecipeError
-from peftkit.migration import TOOLS
+from peftkit.migration import TOOLS, trl_data
 from peftkit.migration.axolotl_data import LEFT_OUT_OF_DATASET, READ_OF_DATASET
 from peftkit.migration.base import Config, Draft
 from peftkit.migration.convert import convert, recognise
@@ -54,8 +54,9 @@ def test_every_key_of_a_tool_is_in_one_table(name: str) -> None:
     assert [set(one) & set(other) for one, other in itertools.combinations(tables, 2) if set(one) & set(other)] == []
 
 
-def test_every_key_of_a_data_set_of_axolotl_is_known() -> None:
+def test_every_key_of_a_data_set_is_known() -> None:
     assert {*KEYS["axolotl_dataset"]} - {*READ_OF_DATASET, *LEFT_OUT_OF_DATASET} == set()
+    assert {*KEYS["trl_dataset"]} - {*trl_data.READ_OF_DATASET} == set()
 
 
 @each_tool
@@ -241,6 +242,14 @@ def test_keys_of_a_data_set_that_nothing_reads_are_told() -> None:
     assert draft.notes["datasets.field_mesages"].why == "did you mean `field_messages`?"
 
 
+def test_mixtures_of_trl_become_lists_of_sources() -> None:
+    items = [{"path": "owner/one", "name": "small", "columns": ["text"]}, {"path": "owner/two", "spilt": "test"}]
+    draft = drafted("trl", datasets=items, test_split_size=0.1)
+    assert draft.value("data.train") == [{"path": "owner/one", "config": "small"}, {"path": "owner/two"}]
+    assert draft.value("data.validation") == 0.1
+    assert draft.notes["datasets.spilt"].why == "did you mean `split`?"
+
+
 def test_a_mistyped_key_is_told_and_those_of_other_tools_too() -> None:
     draft = drafted("axolotl", context_parapllel_size=2, cutoff_len=5)
     assert draft.notes["context_parapllel_size"].why == "did you mean `context_parallel_size`?"
@@ -281,6 +290,11 @@ def test_scripts_that_cannot_be_read_say_why(tmp_path: Path, text: str, what: st
         shell(tmp_path, text)
 
 
+def test_values_of_theirs_cannot_end_a_comment() -> None:
+    draft = drafted("axolotl", optimizer="x\nname: other", datasets=[{"path": "owner/rows", "type": "a\u2028name: other"}])
+    assert "name" not in parse_yaml(recipe_text(draft, "train").encode(), "r.yaml")[0]
+
+
 def test_the_recipe_says_where_its_values_are_from_and_parses_back() -> None:
     draft = drafted("llamafactory", lora_rank=4, use_galore=True, cutoff_len=64, default_system="Say: yes\n- no #1")
     text = recipe_text(draft, "peftkit train r.yaml")
@@ -294,7 +308,26 @@ def test_the_recipe_says_where_its_values_are_from_and_parses_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["no", "1e-4", "a: b", "# x", " a", "x ", "a\nb\n", "a\n b", "é\nü", "- a", "*", "{{ a }}", "0010", "~", ""]
+    "value",
+    [
+        "no",
+        "1e-4",
+        "a: b",
+        "# x",
+        " a",
+        "x ",
+        "a\nb\n",
+        "a\n b",
+        "é\nü",
+        "- a",
+        "*",
+        "{{ a }}",
+        "0010",
+        "~",
+        "",
+        "a\x85b\x07",
+        "\u2028\x7f😀",
+    ],
 )
 def test_texts_of_any_kind_are_written_so_that_they_are_read_again(value: str) -> None:
     draft = drafted("llamafactory", default_system=value)
