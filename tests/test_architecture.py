@@ -29,6 +29,7 @@ ORDER = (
     "cgroups",
     "resolved",
     "run",
+    "migration",
     "exports",
     "lock",
     "environment",

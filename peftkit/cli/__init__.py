@@ -33,6 +33,7 @@ COMMANDS = (
     recipes.plan,
     recipes.params,
     recipes.data,
+    recipes.migrate,
     training.train,
     training.replay,
     comparing.compare,
