@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import WORDS, write_jsonl
+from tests.conftest import WORDS, tiny_tokenizer, write_jsonl
+from tests.contracts.tiny_models import save_tiny_model
 from tests.runs import lines_of, run_cli, tiny_recipe, train
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "relation_extraction_zh.yaml"
 ROWS = [
     {"instruction": f"who {verb} {who}?", "output": f"{who} | {verb} | {what}\n{what} | {verb} | {who}" if place else "none"}
     for place, (who, verb, what) in enumerate(zip(WORDS[:8], ["saw", "ran"] * 4, WORDS[8:16], strict=True))
@@ -94,3 +96,30 @@ def test_other_tasks_write_no_triples(models_dir: Path, tmp_path: Path) -> None:
         result = run_cli(command, recipe)
         assert result.code == 2
         assert "evaluation.generation_metrics: has no effect for SEQ_CLS, which generates no text" in result.err
+
+
+def test_the_chinese_recipe_trains_on_a_tiny_qwen_and_measures_its_answers(tmp_path: Path) -> None:
+    model = save_tiny_model("qwen2", tmp_path / "model", max_position_embeddings=1024)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 1024
+    tokenizer.save_pretrained(model)
+    keys = [f"model.name_or_path={model}", "training.max_steps=4", "training.eval_steps=2", "generation.max_new_tokens=8"]
+    summary = train(RECIPE, tmp_path / "run", *(part for key in keys for part in ("--set", key)))
+    assert summary["certificate"]["passed"]
+    measured = [line["step"] for line in lines_of(tmp_path / "run") if "triple_f1" in line.get("metrics", {})]
+    assert measured[:2] == [2, 4]
+    answers = (tmp_path / "run/evaluations/validation.generations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == 8
+    assert sum(len(json.loads(line)["reference_triples"]) for line in answers) >= 8
+
+
+def test_rows_of_the_chinese_recipe_use_their_relations_and_words_of_their_sentence() -> None:
+    lines = (RECIPE.parent / "data/samples/relations_zh.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert (len(rows), len({row["text"] for row in rows})) == (40, 40)
+    assert sum(not row["triples"] for row in rows) == 4
+    for row in rows:
+        for head, relation, tail in row["triples"]:
+            assert relation in row["relations"]
+            assert head in row["text"]
+            assert tail in row["text"]
