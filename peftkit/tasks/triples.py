@@ -69,16 +69,21 @@ def parse_triples(text: str, form: TripleFormat = "auto", keys: tuple[str, ...] 
         if len(parts) == 3 and all(parts):
             triples.add((parts[0], parts[1], parts[2]))
         else:
-            malformed.append(piece if isinstance(piece, str) else " | ".join(part.strip() for part in piece))
+            malformed.append(_writable(piece if isinstance(piece, str) else " | ".join(part.strip() for part in piece)))
     return Parsed(frozenset(triples), tuple(malformed))
 
 
 def plain(part: str) -> str:
     """A head, relation or tail as it is compared: in NFKC, without quotes around it, blanks in it as one."""
-    part = unicodedata.normalize("NFKC", part).strip()  # JSON's escapes are read by now
+    part = unicodedata.normalize("NFKC", _writable(part)).strip()  # JSON's escapes are read by now
     if len(part) > 1 and part[0] + part[-1] in _QUOTES:
         part = part[1:-1]
     return " ".join(part.split())
+
+
+def _writable(text: str) -> str:
+    """The text without the halves of characters that JSON's escapes can leave, which no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _form_of(text: str) -> str:

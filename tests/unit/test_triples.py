@@ -118,6 +118,12 @@ def test_no_text_stops_the_parser(text: str) -> None:
         assert all(all(parts) for parts in found.triples)
 
 
+def test_half_a_character_in_an_escape_can_be_written_down() -> None:
+    found = parse_triples(r'[["\ud83d", "b", "c"], ["\ud83d"]]')
+    assert found.triples == {("?", "b", "c")}
+    assert found.malformed == ('["?"]',)
+
+
 @pytest.mark.parametrize("bracket", ["(", "[", "{", '[{"a":', "“"])
 def test_a_text_of_open_brackets_is_malformed(bracket: str) -> None:
     assert parse_triples(bracket * 20_000).triples == frozenset()
