@@ -26,7 +26,9 @@ NumMachines = Annotated[int | None, typer.Option(min=1, help="Train on so many m
 # Of `evaluate`.
 GenerationMetrics = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="Generate answers: rouge,bleu,chrf,exact_match,answer; default: as in the recipe."),
+    typer.Option(
+        metavar="NAMES", help="Generate answers: rouge,bleu,chrf,exact_match,answer,triples; default: as in the recipe."
+    ),
 ]
 AnswerPattern = Annotated[
     str | None, typer.Option(metavar="REGEX", help="Its one group is the answer within a text, such as '#### (.+)'.")

@@ -154,7 +154,8 @@ def _answer_settings(asked: Request) -> tuple[AnswerSettings, int | None]:
         raise RecipeError(f"--generation-metrics: there is no `{unknown[0]}`; there are {', '.join(GENERATION_METRICS)}")
     pattern = asked.answer_pattern or (stated.answer_pattern if "answer" in metrics else None)
     tokenize = stated.bleu_tokenize if "bleu" in metrics else "13a"
-    return AnswerSettings(metrics, pattern, tokenize), rows
+    triples = (stated.triple_format, stated.triple_keys) if "triples" in metrics else ()
+    return AnswerSettings(metrics, pattern, tokenize, *triples), rows
 
 
 def _recipe_of(path: Path) -> Recipe:

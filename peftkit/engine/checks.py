@@ -16,7 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from peftkit.engine.adapter import targeted
 from peftkit.engine.compiled import compile_problem
 from peftkit.engine.savings import checkpoint_problem
-from peftkit.engine.targets import Targets, count_matches, linear_leaf_names, linear_sizes, matches
+from peftkit.engine.targets import (
+    Targets,
+    count_matches,
+    fused_experts,
+    linear_leaf_names,
+    linear_sizes,
+    matches,
+    taken_for_experts,
+)
 from peftkit.plan import Plan
 
 _OVERRIDES = (
@@ -53,6 +61,7 @@ def unmatched(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
         for entry, count in count_matches(names, entries).items():
             if count == 0:
                 yield f"adapter.{field}", f"`{entry}` matches nothing in {type(model).__name__}{_suggest(entry, names, model)}"
+    yield from _taken_for_experts(plan, model)
     for field in [name for name in type(section).model_fields if name.endswith("_pattern")]:
         patterns = getattr(section, field)
         for pattern in patterns if isinstance(patterns, dict) else []:
@@ -62,6 +71,20 @@ def unmatched(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
                     f"matches nothing in {type(model).__name__}{_suggest(pattern, modules, model)}",
                 )
     yield from _bad_indices(section, model)
+
+
+def _taken_for_experts(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    entries = getattr(plan.recipe.adapter, "target_modules", None)
+    if entries is None or entries == "all-linear":
+        return
+    hit = [name for name in taken_for_experts(model, plan.method) if matches(name, entries)]
+    if not hit:
+        return
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in hit}))
+    experts = ", ".join(fused_experts(model))
+    hint = f"; for these, `target_parameters: [{experts}]`" if experts else ""
+    what = f"{leaves} of {type(model).__name__} cannot be adapted: PEFT (0.21) takes such names for those of its experts"
+    yield "adapter.target_modules", f"{what}{hint}"
 
 
 def ill_fitting(plan: Plan, model: PreTrainedModel, targets: Targets) -> Iterator[tuple[str, str]]:

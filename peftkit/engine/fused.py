@@ -45,7 +45,8 @@ class _Lora(torch.autograd.Function):
         output.addmm_(inner, b.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, base.weight, a, b, inner)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
-        return output.view(*x.shape[:-1], -1)
+        # No `view`: models that write into what a layer gives (DeBERTa) may not do so into a view that was made in here.
+        return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

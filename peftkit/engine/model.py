@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from peftkit.engine import tensor_parallel as divided
 from peftkit.engine.guard import raise_if_exhausted
-from peftkit.engine.modules import is_tied, linearised
+from peftkit.engine.modules import is_tied, linearised, other_tasks
 from peftkit.engine.quantized import loading_options, make_safe
 from peftkit.errors import LoadError
 from peftkit.plan import Plan
-from peftkit.recipe.paths import EMBEDDED_MODELS, find_path
+from peftkit.recipe.paths import EMBEDDED_MODELS, find_path, require_tokenizer_files
 from peftkit.recipe.quantization import Quantization
 from peftkit.tasks.base import Task
 from peftkit.tasks.chat import default_chat_template
@@ -144,8 +144,9 @@ def read_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise LoadError(f"the tokenizer of `{path}` cannot be loaded: {first_line(error)}") from error
+    require_tokenizer_files(path)
     if tokenizer.pad_token is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
@@ -203,8 +204,8 @@ def meta_model(base: Base, config: PretrainedConfig) -> PreTrainedModel:
                 attn_implementation=base.attn_implementation,
             )
     except (ValueError, ImportError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-        what = f"transformers cannot build a {base.task.name} model of type `{config.model_type}`: {first_line(error)}"
-        raise LoadError(what) from error
+        what = f"transformers cannot build a {base.task.name} model of type `{config.model_type}`: "
+        raise LoadError(what + (other_tasks(config, base.task) or first_line(error))) from error
     if is_tied(model) and _file_has_own_head(base):
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=head.weight.requires_grad)

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkit.engine.in_files import Keep, in_memory
 from peftkit.errors import LoadError
+from peftkit.tasks import TASKS
 from peftkit.tasks.base import Task
 
 
@@ -28,6 +29,14 @@ def head_modules(model: PreTrainedModel, task: Task) -> list[str]:
     if not head or head == names:
         raise LoadError(f"{type(model).__name__} has no head beside its backbone; its modules: {', '.join(names)}")
     return head
+
+
+def other_tasks(config: PretrainedConfig, task: Task) -> str:
+    """Which tasks transformers has classes for, where it has none for this one; empty where the reason is another."""
+    whole = {name: known.encoder_auto_class if config.is_encoder_decoder else "" for name, known in TASKS.items()}
+    classes = {name: getattr(transformers, whole[name] or known.auto_class) for name, known in TASKS.items()}
+    has = [name for name, auto in classes.items() if type(config) in auto._model_mapping]
+    return "" if task.name in has or not has else f"it has classes of this type for {', '.join(has)} only"
 
 
 def _bare_children(config: PretrainedConfig) -> list[str]:

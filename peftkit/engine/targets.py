@@ -12,6 +12,7 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -47,7 +48,11 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 def linear_leaf_names(model: nn.Module) -> list[str]:
     """Last parts of the names of all linear layers, for messages."""
-    return sorted({name.rpartition(".")[2] for name in linear_modules(model)})
+    return _leaves(linear_modules(model))
+
+
+def _leaves(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def resolve_targets(
@@ -78,12 +83,15 @@ def resolve_targets(
     if wanted is None and method.targets == "norms":
         chosen, reason = _norms(model, head), "every normalisation layer, found by inspection"
     else:
-        layers = [name for name in names if _in_layers(name, head) and not _read_by_kernel(model, name)]
+        unfit = taken_for_experts(model, method)
+        layers = [name for name in names if _in_layers(name, head) and not _read_by_kernel(model, name) and name not in unfit]
         chosen, reason = (layers, "every linear layer of the backbone") if wanted else _by_inspection(model, layers, method)
+        if unfit and chosen == layers:
+            reason += f" but {', '.join(_leaves(unfit))}, which PEFT (0.21) takes for the experts"
     if not chosen:
         what = "normalisation layers with weights" if method.targets == "norms" else "linear layers"
         raise RecipeError(f"adapter.method: {type(model).__name__} has no {what} for `{method.name}` to adapt")
-    leaves = sorted({name.rpartition(".")[2] for name in chosen})
+    leaves = _leaves(chosen)
     hit = [name for name, _ in model.named_modules() if matches(name, leaves)]
     return _without(leaves, hit, [name for name in hit if name not in chosen], exclude, reason)
 
@@ -129,6 +137,14 @@ def feedforward_modules(model: PreTrainedModel, targets: list[str] | str) -> lis
 
 def _read_by_kernel(model: PreTrainedModel, name: str) -> bool:
     return model.config.model_type in _MAMBA and name.endswith(".out_proj")
+
+
+def taken_for_experts(model: PreTrainedModel, method: Method) -> list[str]:
+    """Linear layers with names that experts had before transformers 5: PEFT's LoRA adapts the fused experts instead (0.21)."""
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
+    fused = _MOE_TARGET_MODULE_MAPPING.get(pattern, {}) if "target_parameters" in method.section.model_fields else {}
+    names = {old for old, new in fused.items() if not new.endswith(".weight")}  # a router's goes to the same weight
+    return [name for name in linear_modules(model) if name.rpartition(".")[2] in names]
 
 
 def fused_experts(model: PreTrainedModel) -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from peftkit.section import NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
 from peftkit.tasks.generations import GENERATION_METRICS
+from peftkit.tasks.triples import TripleFormat
 
 
 class EvaluationSection(Section):
@@ -24,7 +25,7 @@ class EvaluationSection(Section):
     generation_metrics: list[Literal[*GENERATION_METRICS]] = Field(  # type: ignore[valid-type]
         [],
         description="Have held-out prompts answered at the end of training, and compare the answers with those of the rows. "
-        "answer: the part that answer_pattern finds.",
+        "answer: the part that answer_pattern finds; triples: precision, recall and F1 of (head, relation, tail).",
     )
     generation_rows: PositiveInt | None = Field(
         None, description="Answer only the first rows of each split, a number of rows; default: all that are evaluated."
@@ -36,6 +37,15 @@ class EvaluationSection(Section):
     )
     bleu_tokenize: Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none"] = Field(
         "13a", description="How BLEU splits words, by sacrebleu's name."
+    )
+    triple_format: TripleFormat = Field(
+        "auto",
+        description="How answers write triples, for `triples`. json: a list of objects or of lists; tuples: (head, relation, "
+        "tail); lines: one `head | relation | tail` a line; auto: as the text looks.",
+    )
+    triple_keys: tuple[str, str, str] | None = Field(
+        None,
+        description="Names of head, relation and tail in JSON objects; default: head or subject, relation or predicate, ...",
     )
     samples: NonNegativeInt = Field(
         0, description="At each evaluation, write the answers to so many held-out prompts to metrics.jsonl, a number of rows."

@@ -33,7 +33,13 @@ def check_generation(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
 def answer_settings(recipe: Recipe) -> AnswerSettings:
     """What of generated answers a recipe has measured."""
     evaluation = recipe.evaluation
-    return AnswerSettings(tuple(evaluation.generation_metrics), evaluation.answer_pattern, evaluation.bleu_tokenize)
+    return AnswerSettings(
+        tuple(evaluation.generation_metrics),
+        evaluation.answer_pattern,
+        evaluation.bleu_tokenize,
+        evaluation.triple_format,
+        evaluation.triple_keys,
+    )
 
 
 def check_answer_settings(settings: AnswerSettings) -> Iterator[tuple[str, str]]:
@@ -51,6 +57,19 @@ def check_answer_settings(settings: AnswerSettings) -> Iterator[tuple[str, str]]
         yield "answer_pattern", "is missing: `answer` compares what its group finds, such as `#### (.+)` for GSM8K"
     if settings.answer_pattern is not None:
         yield from _pattern(settings)
+    yield from _triples(settings)
+
+
+def _triples(settings: AnswerSettings) -> Iterator[tuple[str, str]]:
+    stated = {"triple_format": settings.triple_format != "auto", "triple_keys": settings.triple_keys is not None}
+    if "triples" not in settings.metrics:
+        for key in [key for key, is_stated in stated.items() if is_stated]:
+            yield key, "has no effect without `triples` in `generation_metrics`"
+    elif settings.triple_keys is not None:
+        if settings.triple_format in ("tuples", "lines"):
+            yield "triple_keys", f"has no effect with `triple_format: {settings.triple_format}`, which has no keys"
+        if len(set(settings.triple_keys)) < 3:
+            yield "triple_keys", "names a key twice; it takes those of head, relation and tail"
 
 
 def _pattern(settings: AnswerSettings) -> Iterator[tuple[str, str]]:

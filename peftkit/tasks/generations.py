@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from peftkit.formats.base import CanonicalRow, RowError
+from peftkit.tasks.triples import TripleFormat
 
 # A name of `evaluation.generation_metrics` -> the metrics that it gives, each with whether more of it is better.
 GENERATION_METRICS: dict[str, dict[str, bool]] = {
@@ -15,12 +16,17 @@ GENERATION_METRICS: dict[str, dict[str, bool]] = {
     "chrf": {"chrf": True},
     "exact_match": {"exact_match": True},
     "answer": {"answer_accuracy": True, "answer_missing": False},
+    "triples": {"triple_precision": True, "triple_recall": True, "triple_f1": True, "triple_malformed": False},
 }
 PACKAGES = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}  # by import name
 TOKENIZER_PACKAGES = {"ja-mecab": "MeCab", "ko-mecab": "mecab_ko"}
 # Recipe keys that are about generated answers alone.
 GENERATION_KEYS = tuple(
-    f"evaluation.{name}" for name in ("generation_metrics", "generation_rows", "answer_pattern", "bleu_tokenize", "samples")
+    f"evaluation.{name}"
+    for name in (
+        *("generation_metrics", "generation_rows", "answer_pattern", "bleu_tokenize"),
+        *("triple_format", "triple_keys", "samples"),
+    )
 )
 INSTALL_HINT = "`pip install 'peftkit[generation-metrics]'` adds it"
 
@@ -35,11 +41,15 @@ class AnswerSettings:
         metrics: names of GENERATION_METRICS.
         answer_pattern: regular expression whose group is the answer within a text, for `answer`.
         bleu_tokenize: how sacrebleu splits words for BLEU.
+        triple_format: how triples are written, for `triples`.
+        triple_keys: names of head, relation and tail in JSON objects; None: the usual ones.
     """
 
     metrics: tuple[str, ...] = ()
     answer_pattern: str | None = None
     bleu_tokenize: str = "13a"
+    triple_format: TripleFormat = "auto"
+    triple_keys: tuple[str, ...] | None = None
 
 
 def metrics_of(names: tuple[str, ...] | list[str]) -> dict[str, bool]:

@@ -116,6 +116,30 @@ def test_a_note_tells_how_to_reach_experts_that_are_no_linear_layers(configs_dir
     assert not any("target_parameters" in note for note in named.notes)
 
 
+TAKEN = ("deepseek_v2", "deepseek_v3", "glm4_moe")  # PEFT takes names of their dense layers for those of experts
+
+
+@pytest.mark.parametrize("model_type", TAKEN)
+def test_dense_layers_that_peft_takes_for_experts_are_left_out(configs_dir: Path, model_type: str) -> None:
+    blueprint = drawn(configs_dir, model_type, ADAPTERS["all-linear"])
+    assert blueprint.model.base_model.targeted_parameter_names == []  # type: ignore[union-attr]
+    assert min(blueprint.targets.values()) > 0
+    assert "every linear layer of the backbone but down_proj, gate_proj, up_proj" in blueprint.targets_reason
+    for targets in (["o_proj", "gate_proj", "up_proj"], r".*\.(gate|up)_proj"):
+        with pytest.raises(RecipeError, match=r"gate_proj, up_proj of \w+ cannot be adapted: .* those of its experts"):
+            drawn(configs_dir, model_type, {"method": "lora", "target_modules": targets})
+
+
+def test_who_names_such_layers_is_told_of_the_experts(configs_dir: Path) -> None:
+    with pytest.raises(RecipeError, match=r"`target_parameters: \[mlp.experts.down_proj, mlp.experts.gate_up_proj\]`"):
+        drawn(configs_dir, "glm4_moe", {"method": "lora", "target_modules": ["gate_proj"]})
+
+
+def test_methods_that_know_no_experts_adapt_those_layers(configs_dir: Path) -> None:
+    blueprint = drawn(configs_dir, "glm4_moe", {"method": "loha", "target_modules": ["gate_proj"]})
+    assert blueprint.targets == {"gate_proj": 2}
+
+
 def test_models_without_experts_get_no_note_of_them(configs_dir: Path) -> None:
     assert drawn(configs_dir, "xlnet", ADAPTERS["all-linear"]).notes == []  # which has parameters of three dimensions
 

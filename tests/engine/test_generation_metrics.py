@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from peftkit.formats.base import RowError
@@ -90,6 +92,8 @@ def test_answers_that_miss_are_counted_apart_from_wrong_ones() -> None:
     [
         (AnswerSettings(("answer",), "#### (.+)"), "eighteen", "does not match evaluation.answer_pattern"),
         (AnswerSettings(("rouge",)), "機械学習", "use chrf"),
+        (AnswerSettings(("triples",)), "a | b | c\na | b", "no triple: 'a | b'; they are `head | relation | tail`"),
+        (AnswerSettings(("triples",), triple_format="json"), "a | b | c", "no triple: 'a | b | c'"),
     ],
 )
 def test_a_row_that_no_metric_could_judge_is_refused(settings: AnswerSettings, reference: str, words: str) -> None:
@@ -104,3 +108,37 @@ def test_the_last_turn_is_the_answer_of_a_conversation() -> None:
     for row in ({"messages": turns[:1]}, {"text": "a"}):
         with pytest.raises(RowError, match="there is no answer"):
             question_of(row)
+
+
+def test_triples_by_hand() -> None:
+    scorer = AnswerScorer(AnswerSettings(("triples",)))
+    pairs = [
+        ("a | r | b\na | r | b\nc | r | d", "a | r | b\ne | r | f\ng | r | h"),  # 1 right of 2, and of 3
+        ("no idea", "a | r | b"),  # nothing, of 1
+        ("无", "无"),  # nothing, of none
+        ("x | r | y", "none"),  # 1 too many
+        ("（i，r，ｊ）", "i | r | j"),  # noqa: RUF001 - the same in another form
+    ]
+    rows = [scorer.score(*pair) for pair in pairs]
+    expected = {"triple_precision": 2 / 4, "triple_recall": 2 / 5, "triple_f1": 4 / 9, "triple_malformed": 1 / 5}
+    assert scorer.summarise(rows) == pytest.approx(expected)
+    assert rows[1]["malformed"] == ("no idea",)
+    assert rows[0]["reference_triples"] == [("a", "r", "b"), ("e", "r", "f"), ("g", "r", "h")]
+    assert scorer.summarise(rows[2:3]) == dict.fromkeys(expected, 0.0)
+
+
+def test_scores_of_triples_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    dice = random.Random(0)
+    drawn = [[{(dice.choice("ab"), dice.choice("rs"), dice.choice("cde")) for _ in range(dice.randrange(4))} for _ in "12"]
+             for _ in range(60)]  # fmt: skip
+    binarizer = MultiLabelBinarizer().fit([pair[0] | pair[1] for pair in drawn])
+    guess, truth = (binarizer.transform([pair[place] for pair in drawn]) for place in (0, 1))
+    expected = precision_recall_fscore_support(truth, guess, average="micro")
+    scorer = AnswerScorer(AnswerSettings(("triples",)))
+    texts = [["\n".join(" | ".join(triple) for triple in side) or "none" for side in pair] for pair in drawn]
+    found = scorer.summarise([scorer.score(*pair) for pair in texts])
+    names = ("triple_precision", "triple_recall", "triple_f1")
+    assert [found[name] for name in names] == pytest.approx(expected[:3])

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import label_rows, write_jsonl
-from tests.runs import tiny_recipe, train
+from tests.runs import run_cli, tiny_recipe, train
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300,
@@ -402,6 +402,33 @@ def test_a_config_that_contradicts_itself_is_refused(cli: Any, write_recipe: Any
     result = cli("params", write_recipe(recipe))
     assert result.code == 7
     assert "transformers cannot build a SEQ_CLS model of type `modernbert`" in result.err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "has"),
+    [
+        ("gemma", "QUESTION_ANS", "CAUSAL_LM, SEQ_CLS, TOKEN_CLS, FEATURE_EXTRACTION"),
+        ("marian", "FEATURE_EXTRACTION", "CAUSAL_LM, SEQ_2_SEQ_LM"),
+    ],
+)
+def test_a_task_that_transformers_has_no_class_for_is_told_with_those_that_it_has(
+    cli: Any, write_recipe: Any, tmp_path: Path, model_type: str, task: str, has: str
+) -> None:
+    result = cli("params", write_recipe(recipe_for(config_only(tmp_path, model_type, {}), task)))
+    assert result.code == 7
+    assert f"cannot build a {task} model of type `{model_type}`: it has classes of this type for {has} only" in result.err
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "gpt2"])
+def test_a_folder_without_a_tokenizer_is_refused_for_what_needs_one(models_dir: Path, tmp_path: Path, name: str) -> None:
+    """Transformers 5 makes an empty tokenizer, and a classifier would learn from unknown words alone."""
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(models_dir / name / file, tmp_path / file)
+    recipe = tiny_recipe("SEQ_CLS", models_dir, tmp_path, model={"name_or_path": str(tmp_path)})
+    for command in ("plan", "data", "train"):
+        result = run_cli(command, recipe)
+        assert result.code == 7
+        assert "has no tokenizer (tokenizer.json, vocab.txt and the like); put it there" in result.err
 
 
 def test_a_model_that_is_not_there_is_refused(cli: Any, write_recipe: Any, tmp_path: Path) -> None:

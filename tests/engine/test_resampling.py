@@ -116,7 +116,7 @@ def test_resampled_anchors_keep_the_candidates_of_the_whole_split(loss: str) -> 
 
 
 def test_generation_metrics_are_resampled_from_counts() -> None:
-    metrics = ("rouge", "bleu", "chrf", "exact_match", "answer")
+    metrics = ("rouge", "bleu", "chrf", "exact_match", "answer", "triples")
     scorer, dice = AnswerScorer(AnswerSettings(metrics, r"is (\w+)")), random.Random(1)
     texts = [f"it is {' '.join(dice.sample(WORDS, 5))}" for _ in range(30)]
     rows = [scorer.score(" ".join(dice.sample(text.split(), 5)), text) for text in texts]

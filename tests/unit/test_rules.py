@@ -118,6 +118,16 @@ def test_lora_settings_that_do_not_go_together_are_refused(
         (["evaluation.generation_metrics=[answer]"], "evaluation.answer_pattern", "is missing: `answer` compares"),
         (["evaluation.generation_metrics=[chrf, chrf]"], "evaluation.generation_metrics", "names a metric twice"),
         (["evaluation.generation_rows=3"], "evaluation.generation_rows", "has no effect without `generation_metrics`"),
+        (["evaluation.triple_format=json"], "evaluation.triple_format", "has no effect without `triples` in"),
+        (["evaluation.triple_keys=[a, b, c]"], "evaluation.triple_keys", "has no effect without `triples` in"),
+        (
+            ["evaluation.generation_metrics=[triples]", "evaluation.triple_format=lines", "evaluation.triple_keys=[a, b, c]"],
+            "evaluation.triple_keys", "has no effect with `triple_format: lines`, which has no keys",
+        ),
+        (
+            ["evaluation.generation_metrics=[triples]", "evaluation.triple_keys=[a, b, b]"],
+            "evaluation.triple_keys", "names a key twice; it takes those of head, relation and tail",
+        ),
         (["evaluation.answer_pattern=(a)"], "evaluation.answer_pattern", "has no effect without `answer` in"),
         (["evaluation.bleu_tokenize=zh"], "evaluation.bleu_tokenize", "has no effect without `bleu` in"),
         (
@@ -258,6 +268,8 @@ def test_a_setting_that_needs_a_package_says_how_to_install_it(
         [NO_VALIDATION, "data.test=CAUSAL_LM.jsonl", "training.eval_on_start=true", "evaluation.batch_size=4"],
         [NO_VALIDATION, "evaluation.forgetting=CAUSAL_LM.jsonl", "evaluation.batch_size=4"],
         ["evaluation.generation_metrics=[answer, chrf]", "evaluation.answer_pattern='#### (.+)'"],
+        ["evaluation.generation_metrics=[triples]", "evaluation.triple_keys=[a, b, c]"],
+        ["evaluation.generation_metrics=[triples]", "training.metric_for_best_model=triple_f1"],
         ["evaluation.generation_metrics=[rouge]", "training.metric_for_best_model=rougeL", "evaluation.samples=2"],
         ["generation.do_sample=true", "generation.temperature=0.5", "generation.top_k=5"],
         ["model.chat_template=chat.jinja", "data.system_prompt=hi", "data.train_on=all"],
@@ -429,7 +441,7 @@ def test_the_text_for_forgetting_must_be_there(
     assert (found.key, found.exit_code, words in found.what) == ("evaluation.forgetting", 3, True)
 
 
-@pytest.mark.parametrize("key", ["generation_metrics=[chrf]", "samples=2", "answer_pattern=(a)"])
+@pytest.mark.parametrize("key", ["generation_metrics=[triples]", "triple_format=json", "samples=2", "answer_pattern=(a)"])
 def test_tasks_that_write_nothing_have_no_answers_to_measure(
     problems: Problems, recipe: dict[str, Any], folder: Path, key: str
 ) -> None:
