@@ -19,6 +19,7 @@ MODULES = sorted((ROOT / "peftkit").rglob("*.py"))
 ORDER = (
     "errors",
     "section",
+    "hub",
     "adapters",
     "table",
     "formats",

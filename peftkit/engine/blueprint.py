@@ -14,11 +14,12 @@ from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parame
 from peftkit.engine.checks import ill_fitting, model_problems, unfit, unmatched
 from peftkit.engine.fast import why_not_split
 from peftkit.engine.hooks import Context
-from peftkit.engine.model import base_of, load_config, meta_model, missing_weights
+from peftkit.engine.model import base_of, load_config, meta_model
 from peftkit.engine.modules import is_tied
 from peftkit.engine.quantizing import quantization_notes
 from peftkit.engine.targets import count_matches, fused_experts
 from peftkit.engine.tensor_parallel import indivisible
+from peftkit.engine.weight_names import missing_weights
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Plan
 from peftkit.recipe.quantization import why_not_plain
