@@ -10,6 +10,8 @@ from peftkit.errors import LoadError
 from peftkit.hub import adapter_on_hub, download_adapter
 
 FACTS, CONFIG, TENSORS = "peftkit.json", "adapter_config.json", "adapter_model.safetensors"
+RENDERINGS = "renderings.json"  # rows and their tokens, see `peftkit.engine.parity`
+MERGED = "merge.json"  # beside a merged model: what it was merged from, and how near it is
 
 
 def adapter_folder(path: Path) -> Path:

@@ -58,7 +58,7 @@ class Repo:
 
 @functools.cache  # one answer is enough for a command
 def require(repo: Repo, file: str = "") -> None:
-    """Ask the hub once for a repository, and a file in it, before libraries ask often and, where nobody answers, for a minute each time.
+    """Ask the hub once for a repository (and a file in it): libraries ask often and, where nobody answers, for half a minute.
 
     A hub that cannot be reached is left alone from then on: what is in the cache is used, as with HF_HUB_OFFLINE=1.
 

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import datasets.config
+import huggingface_hub.hf_api
+import pytest
+
+import peftkit.hub
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -96,6 +102,37 @@ class FakeHub:
         content = read_folder(files) if isinstance(files, Path) else files
         repo = self.repos[f"{kind}/{name}"] = Repo({"main": content}, **facts)
         return repo
+
+
+def point_at(hub: FakeHub, patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Let this process take the server for the hub, with an empty cache and no token in `home`.
+
+    The libraries read the environment when they are imported, so that what they made of it is replaced.
+    """
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in settings.items():
+        patch.setattr(huggingface_hub.constants, name, value)
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    own = {"HF_ENDPOINT": hub.url, "HUB_DATASETS_URL": hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}"}
+    for name, place in (own | {"HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": home / "datasets"}).items():
+        patch.setattr(datasets.config, name, place)
+    patch.delenv("HF_TOKEN", raising=False)
+    patch.setattr(peftkit.hub, "_outages", [])
+    forget()
+
+
+def forget() -> None:
+    """Ask the hub anew, as another process would."""
+    peftkit.hub.require.cache_clear()
+    peftkit.hub.download_adapter.cache_clear()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -290,8 +327,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _form(text: str) -> Iterator[tuple[str, Any]]:
     """The fields of a form that was posted; those that come twice as lists."""
-    from urllib.parse import parse_qs
-
     for name, values in parse_qs(text).items():
         yield name, values if name == "paths" or len(values) > 1 else values[0]
 

@@ -34,6 +34,7 @@ ORDER = (
     "lock",
     "environment",
     "report",
+    "publish",
     "stop",
     "worker",
     "machines",
