@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import datasets.config
 import huggingface_hub.hf_api
 import pytest
+import transformers.utils.hub
 
 import peftkit.hub
 
@@ -121,6 +122,7 @@ def point_at(hub: FakeHub, patch: pytest.MonkeyPatch, home: Path) -> None:
     for name, value in settings.items():
         patch.setattr(huggingface_hub.constants, name, value)
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    patch.setattr(transformers.utils.hub, "_hf_api", None)  # made with the address of its first use
     own = {"HF_ENDPOINT": hub.url, "HUB_DATASETS_URL": hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}"}
     for name, place in (own | {"HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": home / "datasets"}).items():
         patch.setattr(datasets.config, name, place)

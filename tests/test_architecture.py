@@ -19,6 +19,7 @@ MODULES = sorted((ROOT / "peftkit").rglob("*.py"))
 ORDER = (
     "errors",
     "section",
+    "shipped",
     "hub",
     "adapters",
     "table",

@@ -87,7 +87,8 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
     if problems:
         raise RecipeError([Problem("", key, what) for key, what in problems])
     notes = quantization_notes(plan, model) + _expert_notes(plan, model)
-    tied, missing = is_tied(model), missing_weights(base, model) if plan.task.has_head else set()
+    tied, missing = is_tied(model), missing_weights(base, model)  # looked for with every task: there may be no weights to load
+    missing = missing if plan.task.has_head else set()
     adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer))
     if isinstance(adapted, peft.PeftModel):
         if problems := list(unfit(plan, adapted)):

@@ -46,7 +46,7 @@ def model_card(found: Published, repo_id: str) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     text = (Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8")
-    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
 
 
 def _front_matter(found: Published, repo_id: str) -> Any:
