@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,6 +39,7 @@ def model_card(found: Published, repo_id: str) -> str:
         summary=summary,
         environment=environment,
         packages=mapping(environment.get("packages")),
+        overrides=list(_overrides(found)),
         recipe=yaml.safe_dump(public(found.run.written), sort_keys=False, allow_unicode=True).strip() if found.run else "",
         version=__version__,
     )
@@ -55,11 +57,9 @@ def _front_matter(found: Published, repo_id: str) -> Any:
     name = repo_id.rpartition("/")[2]
     sources = [source for _, source in _sources(found)]
     datasets = [source["path"] for source in sources if _is_on_hub(source)]
-    shown = datasets[0] if datasets else _LOCAL
+    shown, from_files = datasets[0] if datasets else _LOCAL, {split: names for split, names, _, _ in _data(found)}
     results = [
-        EvalResult(
-            found.task.pipeline_tag, shown, ", ".join(map(_name_of, sources[:1])) or _LOCAL, metric, value, dataset_split=split
-        )
+        EvalResult(found.task.pipeline_tag, shown, from_files.get(split, _LOCAL), metric, value, dataset_split=split)
         for split, metric, value, _ in _metrics(found)
     ]
     language = found.base_card.get("language")
@@ -89,6 +89,15 @@ def _sources(found: Published) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield split, {"path": source}
             elif isinstance(source, dict) and source.get("path"):
                 yield split, source
+
+
+def _overrides(found: Published) -> Iterator[str]:
+    """What `--set` put in place of keys of the recipe, from the command line that the run has recorded without secrets."""
+    argv = [str(part) for part in (found.run.environment.get("argv") or [])] if found.run else []
+    for part, following in pairwise([*argv, ""]):
+        if part == "--set" or part.startswith("--set="):
+            key, _, value = (following if part == "--set" else part.removeprefix("--set=")).partition("=")
+            yield f"{key}={public(value)}"
 
 
 def _is_on_hub(source: Mapping[str, Any]) -> bool:

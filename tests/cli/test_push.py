@@ -192,3 +192,15 @@ def test_a_path_of_this_machine_in_the_recipe_is_cut(signed_in: FakeHub, cls_run
     recipe = pushed(signed_in)["README.md"].decode().partition("```yaml\n")[2]
     assert "train: rows.jsonl" in recipe
     assert "name_or_path: bert" in recipe
+
+
+def test_what_was_set_on_the_command_line_stands_below_the_recipe(
+    hub: FakeHub, cls_run: Path, cli: Cli, tmp_path: Path
+) -> None:
+    run = copy_of(cls_run, tmp_path / "run")
+    environment = json.loads((run / "environment.json").read_text())
+    argv = ["peftkit", "train", "r.yaml", "--set", "training.seed=1", "--set=data.test=/home/me/secret/t.jsonl"]
+    (run / "environment.json").write_text(json.dumps(environment | {"argv": argv}))
+    assert cli("push", run, "ann/adapter", "--base", "org/bert", "--dry-run", tmp_path / "dry").code == 0
+    card = (tmp_path / "dry" / "README.md").read_text()
+    assert "with `--set training.seed=1`, `--set data.test=t.jsonl`." in card
