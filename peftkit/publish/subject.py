@@ -133,7 +133,11 @@ def _adapter_facts(folder: Path) -> Json:
 def _require_certificate(found: Published, path: Path, force: bool) -> None:
     if force or found.certificate.get("passed"):
         return
-    why = "its certificate did not pass" if found.run else "it is from no run that is here, so nothing proves what it computes"
+    why = (
+        "its certificate did not pass"
+        if found.run
+        else "the adapter is from no run that is here: nothing proves that it is what was trained"
+    )
     raise CertificateError(f"{path}: {why}; `--force` publishes it all the same, and the card says so")
 
 
