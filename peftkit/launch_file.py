@@ -14,6 +14,7 @@ import yaml
 
 from peftkit.errors import RecipeError
 from peftkit.machines import Machines
+from peftkit.shipped import here_or_shipped
 
 DISTRIBUTED_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 
@@ -95,6 +96,7 @@ def read_launch_file(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: it cannot be read, is none, or its number of processes is none.
     """
+    path = here_or_shipped(path)
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -148,7 +150,7 @@ def check_launch(processes: int | None, config: Path | None) -> None:
     Raises:
         RecipeError: with what is wrong.
     """
-    if config is not None and not config.is_file():
+    if config is not None and not here_or_shipped(config).is_file():
         raise RecipeError(f"--launch: there is no file `{config}`")
     if processes is not None and processes < 1:
         raise RecipeError(f"--processes: {processes} is not allowed; it takes a whole number above 0")

@@ -19,6 +19,8 @@ MODULES = sorted((ROOT / "peftkit").rglob("*.py"))
 ORDER = (
     "errors",
     "section",
+    "shipped",
+    "hub",
     "adapters",
     "table",
     "formats",
@@ -34,6 +36,7 @@ ORDER = (
     "lock",
     "environment",
     "report",
+    "publish",
     "stop",
     "worker",
     "machines",

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit import __version__
-from peftkit.cli import adapters, combining, comparing, exporting, recipes, reference, reports, serving, training
+from peftkit.cli import adapters, combining, comparing, exporting, publishing, recipes, reference, reports, serving, training
 
 # Looking for pydantic plugins means reading the metadata of every installed package; a recipe needs none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -45,6 +45,7 @@ COMMANDS = (
     combining.combine,
     exporting.export,
     serving.serve,
+    publishing.push,
     reports.report,
     reference.methods,
     reference.explain,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import console
-from peftkit.adapters import adapter_folder
+from peftkit.adapters import MERGED, adapter_folder
 from peftkit.engine.facts import read_facts
 from peftkit.engine.guard import explain_exhaustion, rebuilding_text
 from peftkit.engine.in_files import weights_in_files
@@ -19,7 +19,7 @@ from peftkit.engine.merge import Wanted, check_mergeable, check_shard_size, dtyp
 from peftkit.engine.onto import CHOICES, load_alone, merge_onto, why_not_onto
 from peftkit.engine.scoring import alone_like, deciding_metric, read_examples, score
 from peftkit.errors import CertificateError, RecipeError
-from peftkit.run import new_folder
+from peftkit.run import new_folder, write_json
 from peftkit.tasks.example import Example
 
 Rows = tuple[Sequence[Example], Callable[[int], None]]  # and what is told how many are done
@@ -52,7 +52,18 @@ class Request:
 
 
 def merge(asked: Request) -> dict[str, Any]:
-    """Merge, compare, write; returns what `--json` prints."""
+    """Merge, compare, write; returns what `--json` prints.
+
+    `merge.json` beside the model says what it came from: `push` writes the model card by it.
+    """
+    result = _merged(asked)
+    facts = read_facts(adapter_folder(asked.adapter), asked.base)
+    origin = {"task": facts.task, "method": facts.method, "base": facts.base, "revision": facts.revision}
+    write_json(asked.output / MERGED, origin | {"adapter": str(asked.adapter.absolute())} | result)
+    return result
+
+
+def _merged(asked: Request) -> dict[str, Any]:
     choices, examples = _check(asked)
     with explain_exhaustion(lambda: rebuilding_text("while merging")), weights_in_files(asked.output.parent) as keep:
         loaded = load_adapter(asked.adapter, asked.base, CPU)

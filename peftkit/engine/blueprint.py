@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,12 @@ from peftkit.engine.adapter import adapter_targets, attach_adapter, count_parame
 from peftkit.engine.checks import ill_fitting, model_problems, unfit, unmatched
 from peftkit.engine.fast import why_not_split
 from peftkit.engine.hooks import Context
-from peftkit.engine.model import base_of, load_config, meta_model, missing_weights
+from peftkit.engine.model import base_of, load_config, meta_model
 from peftkit.engine.modules import is_tied
 from peftkit.engine.quantizing import quantization_notes
 from peftkit.engine.targets import count_matches, fused_experts
 from peftkit.engine.tensor_parallel import indivisible
+from peftkit.engine.weight_names import missing_weights
 from peftkit.errors import Problem, RecipeError
 from peftkit.plan import Plan
 from peftkit.recipe.quantization import why_not_plain
@@ -83,18 +85,22 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
             problems += list(ill_fitting(plan, model, resolved))
             if plan.hardware.divided_by > 1:
                 problems += indivisible(model, plan.hardware.divided_by, targeted(plan, model, resolved, names))
-    if problems:
-        raise RecipeError([Problem("", key, what) for key, what in problems])
+    _refuse(problems)
     notes = quantization_notes(plan, model) + _expert_notes(plan, model)
-    tied, missing = is_tied(model), missing_weights(base, model) if plan.task.has_head else set()
+    absent = missing_weights(base, model)  # looked for with every task: the hub may have no weights that can be loaded
+    tied, missing = is_tied(model), absent if plan.task.has_head else set()
     adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer))
     if isinstance(adapted, peft.PeftModel):
-        if problems := list(unfit(plan, adapted)):
-            raise RecipeError([Problem("", key, what) for key, what in problems])
+        _refuse(list(unfit(plan, adapted)))
         targets = _real_counts(adapted, targets)
     trainable, total = count_parameters(adapted)
     saved = _saved_modules(adapted, model, plan)
     return Blueprint(config, adapted, trainable, total, targets, reason, saved, notes + _notes(plan, adapted, tied, missing))
+
+
+def _refuse(problems: Sequence[tuple[str, str]]) -> None:
+    if problems:
+        raise RecipeError([Problem("", key, what) for key, what in problems])
 
 
 def _real_counts(adapted: peft.PeftModel, targets: dict[str, int]) -> dict[str, int]:

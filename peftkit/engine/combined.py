@@ -15,7 +15,7 @@ import peft
 import torch
 from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 
-from peftkit.adapters import read_mapping
+from peftkit.adapters import RENDERINGS, read_mapping
 from peftkit.combination import BASE, COMBINATION, Combination
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.certify import certify, reference_logits
@@ -32,7 +32,6 @@ from peftkit.engine.combine import (
 from peftkit.engine.loaded import LoadedAdapter, load_bare
 from peftkit.engine.merge import probe_examples
 from peftkit.engine.model import read_tokenizer
-from peftkit.engine.parity import RENDERINGS
 from peftkit.engine.store import save_adapter
 from peftkit.errors import LoadError
 from peftkit.run import new_folder, write_json, write_text

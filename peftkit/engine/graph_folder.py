@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from peftkit.adapters import read_mapping
+from peftkit.adapters import RENDERINGS, read_mapping
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.adapter import base_of_adapted
 from peftkit.engine.evaluate import flat_metrics, score_examples
@@ -19,7 +19,7 @@ from peftkit.engine.graphs import Graph, examples_batch, graphs_of
 from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.loaded import CPU
 from peftkit.engine.model import first_line, read_tokenizer
-from peftkit.engine.parity import RENDERINGS, check_renderings
+from peftkit.engine.parity import check_renderings
 from peftkit.engine.step import Step
 from peftkit.errors import CertificateError, PeftkitError
 from peftkit.exports.base import Check, Form, Material

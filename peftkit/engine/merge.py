@@ -17,14 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from peftkit.adapters import adapter_folder, read_mapping
+from peftkit.adapters import RENDERINGS, adapter_folder, read_mapping
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
 from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.fold import folded
 from peftkit.engine.in_files import Keep, cast, in_memory
 from peftkit.engine.loaded import LoadedAdapter, with_full_weights
 from peftkit.engine.model import Base, first_line, load_base_model, load_config, read_tokenizer, set_pad_token
-from peftkit.engine.parity import RENDERINGS, check_renderings
+from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import compute_in_float32
 from peftkit.errors import CertificateError, LoadError, RecipeError
 from peftkit.exports.llama_cpp import name_added_tokens

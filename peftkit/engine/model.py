@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -17,15 +16,16 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import get_safetensors_metadata
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from peftkit.engine import tensor_parallel as divided
 from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.modules import is_tied, linearised, other_tasks
 from peftkit.engine.quantized import loading_options, make_safe
+from peftkit.engine.weight_names import weight_names
 from peftkit.errors import LoadError
+from peftkit.hub import cached_commit, reason, require_model
 from peftkit.plan import Plan
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_path, require_tokenizer_files
 from peftkit.recipe.quantization import Quantization
@@ -142,10 +142,11 @@ def read_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         LoadError: there is none, or it has no end-of-sequence token to pad with.
     """
+    require_model(path, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise LoadError(f"the tokenizer of `{path}` cannot be loaded: {first_line(error)}") from error
+        raise LoadError(f"the tokenizer of `{path}` cannot be loaded: {reason(error, path, revision)}") from error
     require_tokenizer_files(path)
     if tokenizer.pad_token is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
@@ -166,10 +167,13 @@ def load_config(base: Base, settings: Encoding | None = None) -> PretrainedConfi
     Raises:
         LoadError: there is no config, or a key of `config_overrides` is not in it.
     """
+    require_model(base.path, base.revision, "config.json")
     try:
         config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise LoadError(f"the model `{base.path}` cannot be found or read: {first_line(error)}") from error
+        raise LoadError(
+            f"the model `{base.path}` cannot be found or read: {reason(error, base.path, base.revision)}"
+        ) from error
     for name, value in base.config_overrides.items():
         if not hasattr(config, name):
             raise LoadError(f"model.config_overrides.{name}: the config of `{base.path}` has no such key")
@@ -228,28 +232,6 @@ def _file_has_own_head(base: Base) -> bool:
     if names is None:
         return says is False and base.init == "pretrained"
     return any(name.endswith("lm_head.weight") for name in names) and says is not True
-
-
-def weight_names(base: Base) -> set[str] | None:
-    """Names of the tensors in the checkpoint, from the headers alone; None where there is none at hand to look at."""
-    if base.init == "random":
-        return None
-    path = Path(base.path)
-    if not path.is_dir():
-        try:
-            return set(get_safetensors_metadata(base.path, revision=base.revision).weight_map)
-        except Exception:  # offline, gated, or no safetensors: loading will say which
-            return None
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
-    if not single.is_file():
-        return None
-    try:
-        with safe_open(single, "pt") as handle:
-            return set(handle.keys())
-    except SafetensorError as error:
-        raise LoadError(f"{single} is damaged: {first_line(error)}") from error
 
 
 def load_base_model(
@@ -316,7 +298,7 @@ def _from_pretrained(
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise_if_exhausted(error)
-        raise LoadError(f"the model `{base.path}` cannot be loaded: {first_line(error)}") from error
+        raise LoadError(f"the model `{base.path}` cannot be loaded: {reason(error, base.path, base.revision)}") from error
     return model, info
 
 
@@ -348,18 +330,6 @@ def _renaming_foretold(base: Base, config: PretrainedConfig) -> dict[str, Any]:
     return {"key_mapping": renamed} if renamed else {}
 
 
-def missing_weights(base: Base, model: PreTrainedModel) -> set[str]:
-    """What `load_base_model` will find missing, foretold from the checkpoint's header; empty where it cannot be told."""
-    names = weight_names(base)
-    if names is None:
-        return set()
-    prefix = f"{model.base_model_prefix}."
-    wanted = {name for name, _ in model.named_parameters()}
-    missing = {name for name in wanted if name not in names and name.removeprefix(prefix) not in names}
-    # Checkpoints whose names are converted while loading cannot be compared this way.
-    return missing if len(missing) < len(wanted) // 4 else set()
-
-
 def set_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
     """Tell a model that pools the last token (GPT-2, Llama as classifiers) which token is padding."""
     config = model.config.get_text_config()
@@ -382,7 +352,8 @@ def _padding_first(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 def model_fingerprint(base: Base, config: PretrainedConfig) -> str:
     """The commit of a hub model, or the sha256 of a local folder's config and weights: equal ones are the same model."""
-    commit = getattr(config, "_commit_hash", None)
+    # transformers 5.23 leaves `_commit_hash` empty where a revision has been resolved before the file is asked for.
+    commit = getattr(config, "_commit_hash", None) or cached_commit(base.path, base.revision)
     if commit is not None:
         return f"commit {commit}"
     digest = hashlib.sha256()

@@ -10,19 +10,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkit.adapters import read_mapping
+from peftkit.adapters import RENDERINGS, read_mapping
+from peftkit.engine.facts import read_facts
+from peftkit.engine.model import read_tokenizer
 from peftkit.errors import CertificateError
 from peftkit.formats.base import RowError
 from peftkit.run import write_json
+from peftkit.tasks import TASKS
 from peftkit.tasks.chat import freeze_date
+from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import Runtime
-
-RENDERINGS = "renderings.json"
 
 
 def write_renderings(folder: Path, renderings: Sequence[Mapping[str, Any]]) -> None:
     """Keep what `Runtime.rendering` gave for some rows, each with its `row`."""
     write_json(folder / RENDERINGS, {"renderings": list(renderings)})
+
+
+def fixed_renderings(folder: Path) -> list[dict[str, Any]]:
+    """Renderings of the task's fixed rows in place of an adapter's training rows, which are checked once more.
+
+    Raises:
+        CertificateError, LoadError: see `check_renderings`.
+    """
+    facts = read_facts(folder)
+    settings = facts.encoding or Encoding(max_length=4096, truncation="right")
+    runtime = TASKS[facts.task].runtime(read_tokenizer(str(folder)), settings)
+    check_renderings(folder, runtime)
+    freeze_date(runtime.tokenizer, settings.template_date)
+    return [{"row": row} | runtime.rendering(row) for row in runtime.probe_rows()]
 
 
 def check_renderings(folder: Path, runtime: Runtime) -> int:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from peftkit.engine.model import Base, base_of, load_config, meta_model, missing_weights, weight_names
+from peftkit.engine.model import Base, base_of, load_config, meta_model
 from peftkit.engine.modules import head_modules
 from peftkit.engine.quantized import is_skipped, linear_names
 from peftkit.engine.targets import fused_experts, matches
+from peftkit.engine.weight_names import missing_weights, weight_names
 from peftkit.errors import LoadError, Problem, RecipeError
 from peftkit.plan import Choice, Plan, quantized
 from peftkit.recipe.quantization import Quantization, check_quantization, quantization_of

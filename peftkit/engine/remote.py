@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from peftkit.engine.readers import DataFile, Numbered, read_file
-from peftkit.errors import DataError
+from peftkit.errors import DataError, LoadError
+from peftkit.hub import Repo, reason, require
 from peftkit.recipe.paths import is_data_file, missing_package, saved_splits, shown_url, url_name
 from peftkit.recipe.schema import SourceSection
 
@@ -116,9 +117,12 @@ def _load_hub(source: SourceSection) -> Any:
 
     options = {"split": source.split or "train", "revision": source.revision, "streaming": source.streaming}
     try:
+        require(Repo(source.path, source.revision, "dataset"))
         return load_dataset(source.path, source.config, **options)
+    except LoadError as error:
+        raise DataError(f"the dataset `{source.path}` cannot be loaded: {error}") from error
     except Exception as error:  # the hub client, the builder and the file readers each raise their own
-        what = (str(error).splitlines() or [type(error).__name__])[0]
+        what = reason(error, source.path, source.revision, "dataset")
         raise DataError(f"the dataset `{source.path}` cannot be loaded: {what}") from error
 
 

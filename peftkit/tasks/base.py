@@ -31,6 +31,7 @@ class Task:
         name: PEFT's task type, the value of `task`.
         summary: one line for messages and help.
         auto_class: the transformers class that loads its models.
+        pipeline_tag: what the hub calls it.
         reads: the alternatives of canonical columns it can learn from.
         metrics: metric name -> whether more of it is better.
         default_metric: what decides on the best adapter.
@@ -52,11 +53,13 @@ class Task:
         metrics_under: those of the metrics that there are under these settings.
         only_hidden_states: whether a pooler of the base model, trained or not, is of no use to it.
         encoder_auto_class: the class for models with encoder and decoder, where only their encoder is of use.
+        plain_note: what is different where PEFT alone loads an adapter of it, for model cards.
     """
 
     name: str
     summary: str
     auto_class: str
+    pipeline_tag: str
     reads: tuple[tuple[str, ...], ...]
     metrics: Mapping[str, bool]
     default_metric: str
@@ -76,6 +79,7 @@ class Task:
     idle_keys: Callable[[Encoding], Mapping[str, str]] = lambda settings: {}
     metrics_under: Callable[[Encoding], tuple[str, ...]] | None = None
     encoder_auto_class: str = ""
+    plain_note: str = ""
     only_hidden_states: bool = False
 
     def can_read(self, columns: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ CAUSAL_LM = Task(
     name="CAUSAL_LM",
     summary="language model that continues text; instruction and chat tuning, continued pretraining",
     auto_class="AutoModelForCausalLM",
+    pipeline_tag="text-generation",
     reads=(
         ("messages",),
         ("prompt", "completion"),

@@ -51,6 +51,7 @@ FEATURE_EXTRACTION = Task(
     name="FEATURE_EXTRACTION",
     summary="a vector per text; search, clustering, similarity",
     auto_class="AutoModel",
+    pipeline_tag="feature-extraction",
     encoder_auto_class="AutoModelForTextEncoding",
     only_hidden_states=True,
     reads=(("anchor", "positive"),),
@@ -70,4 +71,5 @@ FEATURE_EXTRACTION = Task(
     settle=_settle,
     idle_keys=_idle_keys,
     metrics_under=_metrics,
+    plain_note="The model gives hidden states: `embedding` in `peftkit.json` says how training made a vector of them.",
 )

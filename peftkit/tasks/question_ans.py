@@ -30,6 +30,7 @@ QUESTION_ANS = Task(
     name="QUESTION_ANS",
     summary="the span of a context that answers a question",
     auto_class="AutoModelForQuestionAnswering",
+    pipeline_tag="question-answering",
     reads=(("question", "context", "answers"),),
     metrics={"loss": False, "f1": True, "exact_match": True},
     default_metric="f1",
@@ -44,4 +45,5 @@ QUESTION_ANS = Task(
     own_keys=("data.doc_stride", "evaluation.max_answer_length", "evaluation.null_score_threshold"),
     settle=_settle,
     idle_keys=_idle_keys,
+    plain_note="PEFT's class drops `token_type_ids`: where the base model has them, call `model.base_model.model` instead.",
 )

@@ -8,6 +8,7 @@ SEQ_2_SEQ_LM = Task(
     name="SEQ_2_SEQ_LM",
     summary="encoder-decoder model that turns one text into another; translation, summaries, text labels",
     auto_class="AutoModelForSeq2SeqLM",
+    pipeline_tag="text2text-generation",
     reads=(("prompt", "completion"), ("messages",), ("input_ids", "labels")),
     metrics=LANGUAGE_METRICS,
     default_metric="loss",

@@ -88,6 +88,7 @@ SEQ_CLS = Task(
     name="SEQ_CLS",
     summary="one label, several labels or a number per text (or pair of texts)",
     auto_class="AutoModelForSequenceClassification",
+    pipeline_tag="text-classification",
     reads=(("text", "label"),),
     metrics=_METRICS,
     default_metric="accuracy",

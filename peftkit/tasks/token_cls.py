@@ -38,6 +38,7 @@ TOKEN_CLS = Task(
     name="TOKEN_CLS",
     summary="one tag per word; names of persons and places, parts of speech",
     auto_class="AutoModelForTokenClassification",
+    pipeline_tag="token-classification",
     reads=(("tokens", "tags"),),
     metrics={"loss": False, "f1": True, "precision": True, "recall": True, "f1_macro": True, "token_accuracy": True},
     default_metric="f1",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import instruction_rows, label_rows, write_jsonl
+from tests.fake_hub import FakeHub, point_at
 from tests.runs import tiny_recipe, train
 
 if TYPE_CHECKING:
@@ -85,3 +86,12 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     for context in contexts:
         context.close()
     assert said == []
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub on loopback with an empty cache on this side; the user `ann` has the token `hf_ann`."""
+    with FakeHub() as server:
+        point_at(server, monkeypatch, tmp_path / "home")
+        server.tokens = {"hf_ann": "ann"}
+        yield server

@@ -1,0 +1,1 @@
+"""What goes to the hub of a run: which files, the model card, and the upload."""
