@@ -25,6 +25,7 @@ ORDER = (
     "tasks",
     "methods",
     "recipe",
+    "reading",
     "plan",
     "cgroups",
     "resolved",

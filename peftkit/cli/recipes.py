@@ -12,15 +12,16 @@ from peftkit.cli.options import AsJson, Overrides, RecipePath
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
-    task: Annotated[str, typer.Option(help="Task type.")] = "CAUSAL_LM",
-    method: Annotated[str, typer.Option(help="Adapter method.")] = "lora",
+    task: Annotated[str | None, typer.Option(help="Task type; default: what the rows suit, or CAUSAL_LM.")] = None,
+    method: Annotated[str | None, typer.Option(help="Adapter method; default: lora.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or local folder of the base model.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace a file that exists.")] = False,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to train on: a file, glob or folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write a commented starter recipe."""
+    """Write a commented starter recipe; at a terminal, what is not given is asked."""
     from peftkit.commands import init as command
 
-    command.init(path, task, method, model, force)
+    command.init(path, command.Given(task, method, model, data), force)
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
