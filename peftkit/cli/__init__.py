@@ -44,6 +44,7 @@ COMMANDS = (
     exporting.export,
     serving.serve,
     reports.report,
+    reports.runs,
     reference.methods,
     reference.explain,
     reference.schema,

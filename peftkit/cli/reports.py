@@ -25,3 +25,14 @@ def report(
     with console.problems_as_json(as_json):
         result = command.report(runs, output, png)
     console.print_json(result) if as_json else command.print_report(result)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that runs are in.")] = Path("runs"), as_json: AsJson = False
+) -> None:
+    """List runs: how each stands, its metric, and how those go on that have not ended."""
+    from peftkit import console
+    from peftkit.commands import runs as command
+
+    with console.problems_as_json(as_json):
+        console.print_json(command.runs(folder)) if as_json else command.print_runs(folder)

@@ -54,9 +54,7 @@ def look_lines(look: Look) -> list[str]:
     lines = [f"{look.path}{of_split}: {count}, columns {', '.join(look.columns)}"]
     lines += [f"    {name}: {shown(value)}" for name, value in look.rows[0].items()]
     if look.faults:
-        lines.append(
-            f"{len(look.faults):,} more cannot be read (`data.on_bad_row: drop` leaves them out): {look.faults[0]}"
-        )
+        lines.append(f"{len(look.faults):,} more cannot be read (`data.on_bad_row: drop` leaves them out): {look.faults[0]}")
     return lines
 
 
