@@ -45,6 +45,7 @@ COMMANDS = (
     serving.serve,
     reports.report,
     reports.runs,
+    reports.diff,
     reference.methods,
     reference.explain,
     reference.schema,

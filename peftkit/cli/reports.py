@@ -36,3 +36,17 @@ def runs(
 
     with console.problems_as_json(as_json):
         console.print_json(command.runs(folder)) if as_json else command.print_runs(folder)
+
+
+def diff(
+    left: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a recipe.")],
+    right: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show in what two runs or recipes differ, and what came out."""
+    from peftkit import console
+    from peftkit.commands import diff as command
+
+    with console.problems_as_json(as_json):
+        result = command.diff(left, right)
+    console.print_json(result) if as_json else command.print_diff(result)

@@ -70,13 +70,16 @@ class LoadedRecipe:
             raise RecipeError(found) from error
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool = True) -> LoadedRecipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, needs_data: bool = True, checks_rules: bool = True
+) -> LoadedRecipe:
     """Read, override and validate a recipe, without torch.
 
     Args:
         path: the YAML file.
         overrides: `a.b=value` texts; values are read as YAML.
         needs_data: whether a recipe without `data` is a problem.
+        checks_rules: whether its keys must go together, and its files be there.
 
     Raises:
         RecipeError: with every problem found, each with its place and key.
@@ -96,7 +99,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool =
     if recipe.name is None:
         recipe = recipe.model_copy(update={"name": re.sub(r"[^\w.\-]+", "-", path.stem)})
     loaded = LoadedRecipe(recipe, path, path.read_text(encoding="utf-8-sig"), tuple(overrides), places)
-    findings = check_rules(recipe, path.parent, needs_data)
+    findings = check_rules(recipe, path.parent, needs_data) if checks_rules else ()
     problems += [loaded.problem(_as_written(key, data), what, code) for key, what, code in findings]
     if problems:
         raise RecipeError(problems)

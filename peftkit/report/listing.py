@@ -190,11 +190,12 @@ def _comparison(path: Path) -> Entry:
     is_running = any(live_holder(Run(run)) for run in runs)
     is_open = bool(counts["pending"] + counts["running"])
     means = [finite(mapping(mapping(variant.get("summary")).get(str(entry.metric))).get("mean")) for variant in variants]
+    states = ", ".join(f"{number:,} {name}" for name, number in counts.items())
     best = max if facts.get("greater_is_better") else min
     return replace(
         entry,
         state="running" if is_running else "stopped" if is_open else "finished",
-        note=f"{_count(len(variants), 'variant')}, {_count(len(trials), 'run')}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}",
+        note=f"{_count(len(variants), 'variant')}, {_count(len(trials), 'run')}: {states}",
         split=facts.get("split"),
         value=best([mean for mean in means if mean is not None], default=None),
     )
