@@ -21,6 +21,7 @@ ORDER = (
     "section",
     "adapters",
     "table",
+    "doctor",
     "formats",
     "tasks",
     "methods",

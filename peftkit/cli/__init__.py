@@ -49,6 +49,7 @@ COMMANDS = (
     reference.methods,
     reference.explain,
     reference.schema,
+    reference.doctor,
 )
 for _command in COMMANDS:
     app.command()(_command)

@@ -29,3 +29,13 @@ def schema() -> None:
     from peftkit.recipe.explain import json_schema
 
     console.print_json(json_schema())
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what is installed, try what works on this machine, and name what mends the rest."""
+    from peftkit import console
+    from peftkit.commands import doctor as command
+
+    found = command.doctor()
+    console.print_json(command.facts_of(found)) if as_json else command.print_findings(found)
+    command.require_sound(found)
