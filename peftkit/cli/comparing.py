@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from peftkit.cli import completion
 from peftkit.cli.options import AsJson, Overrides
 
 if TYPE_CHECKING:
@@ -28,9 +29,16 @@ Jobs = Annotated[int, typer.Option(min=1, help="Trials at once; each has a GPU o
 
 def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A recipe, a `compare:` file, or the directory of a comparison.")
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe, a `compare:` file, or the directory of a comparison.",
+            autocompletion=completion.recipe_files,
+        ),
     ],
-    methods: Annotated[str | None, typer.Option(help="Methods to compare, separated by commas.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to compare, separated by commas.", autocompletion=completion.method_names)
+    ] = None,
     seeds: Seeds = None,
     budget: Budget = None,
     match_params: Annotated[
@@ -69,7 +77,14 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
 
 
 def sweep(  # noqa: PLR0913, PLR0917 - one parameter per option
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a `sweep:` file, or the directory of a sweep.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe, a `sweep:` file, or the directory of a sweep.",
+            autocompletion=completion.recipe_files,
+        ),
+    ],
     grid: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V,V", help="Values of a key; repeatable: all combinations.")
     ] = None,

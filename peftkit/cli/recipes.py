@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
+from peftkit.cli import completion
 from peftkit.cli.options import AsJson, Overrides, RecipePath
 
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
-    task: Annotated[str | None, typer.Option(help="Task type; default: what the rows suit, or CAUSAL_LM.")] = None,
-    method: Annotated[str | None, typer.Option(help="Adapter method; default: lora.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task type; default: what the rows suit, or CAUSAL_LM.", autocompletion=completion.task_names),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Adapter method; default: lora.", autocompletion=completion.method_names)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or local folder of the base model.")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to train on: a file, glob or folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
@@ -58,9 +64,17 @@ def plan(
 
 
 def params(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes; one line (or JSON object) each.")],
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE...", help="Recipes; one line (or JSON object) each.", autocompletion=completion.recipe_files
+        ),
+    ],
     by_module: Annotated[bool, typer.Option("--by-module", help="A table by module too.")] = False,
-    compare: Annotated[str | None, typer.Option(help="Other methods to compare with, separated by commas.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Other methods to compare with, separated by commas.", autocompletion=completion.method_names),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

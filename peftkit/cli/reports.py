@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
+from peftkit.cli import completion
 from peftkit.cli.options import AsJson
+
+RunOrRecipe = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run directory, or a recipe.", autocompletion=completion.recipe_files)
+]
 
 
 def report(
@@ -39,8 +44,10 @@ def runs(
 
 
 def diff(
-    left: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a recipe.")],
-    right: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+    left: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or a recipe.", autocompletion=completion.recipe_files)
+    ],
+    right: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.", autocompletion=completion.recipe_files)],
     as_json: AsJson = False,
 ) -> None:
     """Show in what two runs or recipes differ, and what came out."""
