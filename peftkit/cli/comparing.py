@@ -26,16 +26,18 @@ RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="With --resume
 SkipRefused = Annotated[bool, typer.Option("--skip-refused", help="Leave out what cannot work on this model.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Trials at once; each has a GPU of its own.")]
 
+Variants = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe, a file with `compare:` or `sweep:`, or the directory of what was begun.",
+        autocompletion=completion.recipe_files,
+    ),
+]
+
 
 def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A recipe, a `compare:` file, or the directory of a comparison.",
-            autocompletion=completion.recipe_files,
-        ),
-    ],
+    recipe: Variants,
     methods: Annotated[
         str | None, typer.Option(help="Methods to compare, separated by commas.", autocompletion=completion.method_names)
     ] = None,
@@ -77,14 +79,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
 
 
 def sweep(  # noqa: PLR0913, PLR0917 - one parameter per option
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A recipe, a `sweep:` file, or the directory of a sweep.",
-            autocompletion=completion.recipe_files,
-        ),
-    ],
+    recipe: Variants,
     grid: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V,V", help="Values of a key; repeatable: all combinations.")
     ] = None,

@@ -26,6 +26,7 @@ from peftkit.engine.model import Base, first_line, load_base_model, load_config,
 from peftkit.engine.parity import RENDERINGS, check_renderings
 from peftkit.engine.quantized import compute_in_float32
 from peftkit.errors import CertificateError, LoadError, RecipeError
+from peftkit.guides import CERTIFIED_MERGE
 from peftkit.methods import METHODS
 from peftkit.recipe.quantization import Quantization, stored_quantization, why_not_plain
 from peftkit.run import new_folder
@@ -232,5 +233,6 @@ def require(difference: float, allowed: float, what: str, whose: str = "the adap
     if not difference <= allowed:
         raise CertificateError(
             f"the {what} model's logits differ from {whose} by up to {difference:.3g} (allowed {allowed:.3g}); "
-            "nothing was written"
+            "nothing was written",
+            guide=CERTIFIED_MERGE,
         )

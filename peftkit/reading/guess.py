@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from peftkit import guides
 from peftkit.errors import DataError, RecipeError
 from peftkit.formats import FORMATS
 from peftkit.formats.base import CanonicalRow, Format, RawRow, RowError, columns_text, is_missing, shown
@@ -280,7 +281,7 @@ def refuse_unread(look: Look, task: str | None) -> None:
     known = [item for item in FORMATS.values() if task is None or TASKS[task].can_read(item.yields)]
     formats = "\n".join(f"  {item.name}: {item.summary}" for item in known)
     what = f"`{look.path}` has {columns_text(look.rows[0])}: no format that {task or 'any task'} reads can be made of them"
-    raise DataError(f"{what}. There are:\n{formats}")
+    raise DataError(f"{what}. There are:\n{formats}", guide=guides.FORMATS)
 
 
 def _learned(row: CanonicalRow) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from peftkit.errors import Problem, RecipeError
+from peftkit.guides import section_of
 from peftkit.methods import METHODS
 from peftkit.recipe.rules import check_rules
 from peftkit.recipe.schema import Recipe
@@ -58,7 +59,7 @@ class LoadedRecipe:
 
     def problem(self, key: str, what: str, exit_code: int = 2) -> Problem:
         """A problem of this recipe, with its place in the file."""
-        return Problem(_place(self.places, _key(key)), key, what, exit_code)
+        return Problem(_place(self.places, _key(key)), key, what, exit_code, section_of(key))
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
@@ -67,7 +68,7 @@ class LoadedRecipe:
             yield
         except RecipeError as error:
             found = [p if p.where or not p.key else self.problem(p.key, p.what, p.exit_code) for p in error.problems]
-            raise RecipeError(found) from error
+            raise RecipeError(found, guide=error.guide) from error
 
 
 def load_recipe(
