@@ -15,7 +15,7 @@ from peftkit.reading.guess import Look, Reading, look_at, readings_of, refuse_un
 from peftkit.recipe.fit import config_of, methods_for, why_not
 from peftkit.recipe.load import did_you_mean, load_recipe
 from peftkit.recipe.starter import MODELS, StarterData, starter_recipe
-from peftkit.run import write_text
+from peftkit.run import require_place, write_text
 from peftkit.tasks import TASKS
 
 _MIN_ROWS = 10  # of which a tenth is one
@@ -35,6 +35,7 @@ class Given:
 def init(path: Path, given: Given, force: bool) -> None:
     """Write a recipe that is valid where its rows and its model are known, and say what comes next."""
     task, method = _known(given)
+    require_place(path, "PATH")
     is_asked = console.is_dialogue()
     if path.exists() and not force:
         if not is_asked:
@@ -83,7 +84,7 @@ def _reading(look: Look, task: str | None, is_asked: bool) -> Reading:
         return questions.ask_reading(look, found, task)
     if not found:
         refuse_unread(look, task)
-    console.print_text(f"{questions.reading_text(found[0], look)}")
+    console.print_text(questions.reading_text(found[0], look))
     return found[0]
 
 

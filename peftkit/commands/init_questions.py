@@ -17,6 +17,7 @@ from peftkit.recipe.load import did_you_mean
 from peftkit.recipe.paths import find_model, is_data_file, looks_local
 from peftkit.recipe.rules import model_problem
 from peftkit.recipe.starter import MODELS
+from peftkit.run import require_place
 from peftkit.tasks import TASKS
 
 # Of the methods that fit, those that are shown; `peftkit methods` has all.
@@ -30,6 +31,7 @@ def ask_place(path: Path) -> Path:
     def free(answer: str) -> Path:
         if Path(answer).exists():
             raise RecipeError(f"{answer} exists already; name another file (or call again with --force to replace it)")
+        require_place(Path(answer), "PATH")
         return Path(answer)
 
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(2, 1000))

@@ -163,6 +163,16 @@ def test_nothing_is_asked_without_a_terminal_and_what_is_missing_is_told(cli: Cl
     assert "data.train" in result.out
 
 
+def test_a_place_that_cannot_be_written_to_is_told_first(cli: Cli, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", label_rows(12))
+    for path, words in (
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "rows.jsonl" / "r.yaml", "is a file, no folder"),
+    ):
+        result = cli("init", path, "--data", "rows.jsonl", "--force")
+        assert (result.code, words in result.err, result.out) == (2, True, "")
+
+
 def test_enter_alone_takes_what_is_proposed(tmp_path: Path) -> None:
     odd_csv(tmp_path / "train.csv")
     code, shown = talk(tmp_path, ["init"], ["", "", "", ""])
