@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from peftkit.errors import Stopped
@@ -28,10 +28,10 @@ def stop_now(number: int, frame: Any = None) -> None:
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handled(handler: Callable[[int, Any], None], signals: Sequence[int] = SIGNALS) -> Iterator[None]:
     """Signals that ask for a stop go to this handler meanwhile; outside the main thread there are none."""
     old: dict[int, Any] = {}
-    for number in SIGNALS:
+    for number in signals:
         with contextlib.suppress(ValueError):
             old[number] = signal.signal(number, handler)
     try:
@@ -42,14 +42,14 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stops_at_once(where: str) -> Iterator[None]:
-    """A signal ends the block at once: while nothing is being trained there is nothing to save.
+def stops_at_once(where: str, signals: Sequence[int] = SIGNALS) -> Iterator[None]:
+    """A signal ends the block at once, its clean-up aside: while nothing is being trained there is nothing to save.
 
     Raises:
         Stopped: with the signal and `where`.
     """
     try:
-        with handled(stop_now):
+        with handled(stop_now, signals):
             yield
     except _StopNow as stop:
         raise stopped(stop.number, where) from None

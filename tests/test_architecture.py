@@ -32,6 +32,7 @@ ORDER = (
     "cgroups",
     "resolved",
     "run",
+    "migration",
     "exports",
     "lock",
     "environment",

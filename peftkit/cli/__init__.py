@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ COMMANDS = (
     recipes.plan,
     recipes.params,
     recipes.data,
+    recipes.migrate,
     training.train,
     training.replay,
     comparing.compare,
@@ -81,9 +83,11 @@ def _built(name: str) -> Any:
 def main() -> None:
     """Run the command line; the one place where errors become messages and exit codes."""
     from peftkit.errors import PeftkitError
+    from peftkit.stop import stops_at_once
 
     try:
-        _built(*sys.argv[1:2] or [""])(prog_name="peftkit")
+        with stops_at_once("before it was done", [signal.SIGTERM]):
+            _built(*sys.argv[1:2] or [""])(prog_name="peftkit")
     except SystemExit as error:
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PeftkitError as error:

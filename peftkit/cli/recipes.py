@@ -108,3 +108,28 @@ def data(
         with loaded.located():
             result = command.data(loaded, rows, row, plot)
     console.print_json(result) if as_json else command.print_data(result)
+
+
+def migrate(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="Their YAML or JSON; for TRL a shell script with the command too.")
+    ],
+    tool: Annotated[
+        str | None, typer.Option("--from", metavar="TOOL", help="llamafactory | axolotl | trl; default: by its keys.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="File to write; default: CONFIG's name + .recipe.yaml.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace a file that exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a recipe from a configuration of LLaMA-Factory, axolotl or TRL, and say what became of each key."""
+    from peftkit import console
+    from peftkit.commands import migrate as command
+    from peftkit.errors import RecipeError
+
+    with console.problems_as_json(as_json):
+        done = command.migrate(config, tool, output, force)
+    console.print_json(done.result) if as_json else command.print_migration(done.result)
+    if done.problems:
+        raise RecipeError(done.problems)

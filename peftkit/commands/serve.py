@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import signal
 import socket
 from collections.abc import Sequence
@@ -119,15 +120,17 @@ def _run(options: Serving, key: str | None, service: Engine, place: socket.socke
 def _serve_by_vllm(options: Serving, key: str | None) -> None:
     from peftkit.adapters import adapter_folder
     from peftkit.engine.several import name_adapters, survey
+    from peftkit.exports.subject import read_subject
     from peftkit.serving.server import require_key
     from peftkit.serving.vllm import require_vllm, vllm_command
 
     require_key(options.host, key)
     adapters = {name: adapter_folder(path) for name, path in name_adapters(options.adapters).items()}
-    facts = survey(adapters, options.base)
-    command = vllm_command(next(iter(facts.values())).base, adapters, options.host, options.port)
+    survey(adapters, options.base)
+    subjects = {name: read_subject(folder, options.base) for name, folder in adapters.items()}
+    command = vllm_command(subjects, options.host, options.port)
     if options.dry_run:
-        console.print_text(" ".join(command))
+        console.print_text(shlex.join(command))
         return
     require_vllm()
     become(command, {} if key is None else {"VLLM_API_KEY": key})

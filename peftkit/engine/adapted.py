@@ -119,8 +119,13 @@ def _without_special(model: PeftModel, inputs: Kwargs) -> Kwargs:
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The transformer inside a model with a head; the model itself where it has none."""
+    """The transformer inside a model with a head; the model itself where it has none.
+
+    A wrapper around one module that takes the same input is passed over: OPT's head calls what is in it.
+    """
     backbone: nn.Module = model.base_model
+    while len(inner := list(backbone.children())) == 1 and "input_ids" in inspect.signature(inner[0].forward).parameters:
+        backbone = inner[0]
     return backbone
 
 

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from peftkit.engine.tracing import import_openvino
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -69,8 +71,7 @@ _DTYPES: dict[str, np.dtype] = {
 
 def open_openvino(path: Path) -> Session:
     """A file in OpenVINO, which computes in float32 as torch does, not in what the CPU is fastest in."""
-    import openvino
-
+    openvino = import_openvino()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(path, "CPU", settings)
     inputs = {}

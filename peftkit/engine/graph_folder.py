@@ -5,26 +5,31 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from peftkit.adapters import read_mapping
 from peftkit.engine.adapted import AdaptedModel
 from peftkit.engine.adapter import base_of_adapted
+from peftkit.engine.evaluate import flat_metrics, score_examples
 from peftkit.engine.graph_clients import DecodingClient, Session, SinglePassClient
-from peftkit.engine.graph_proof import answers_of, check_answers, check_outputs
+from peftkit.engine.graph_proof import answers_of, check_answers, check_outputs, with_metrics
 from peftkit.engine.graphs import Graph, examples_batch, graphs_of
 from peftkit.engine.guard import raise_if_exhausted
+from peftkit.engine.loaded import CPU
 from peftkit.engine.model import first_line, read_tokenizer
 from peftkit.engine.parity import RENDERINGS, check_renderings
+from peftkit.engine.step import Step
 from peftkit.errors import CertificateError, PeftkitError
 from peftkit.exports.base import Check, Form, Material
-from peftkit.exports.graph_options import task_number
+from peftkit.exports.graph_options import GraphOptions, task_number
 from peftkit.run import write_json
 from peftkit.tasks import TASKS
 
 _COPIED = ("generation_config.json", RENDERINGS)
+_BATCH_SIZE = 8
+_Options = TypeVar("_Options", bound=GraphOptions)
 Client = SinglePassClient | DecodingClient
 
 
@@ -101,6 +106,40 @@ def running(target: str) -> Iterator[None]:
         raise CertificateError(
             f"{target}: the runtime cannot use the files: {first_line(error)}; nothing was written"
         ) from error
+
+
+def unquantised(options: _Options) -> _Options:
+    """The options of the file that a quantised one is made of."""
+    return options.model_copy(update={"quantization": "none", "data": None})
+
+
+def require_sound(target: str, found: Check) -> None:
+    """Raise CertificateError where the file that is to be quantised gives something else than the adapter already."""
+    if not found.passed:
+        raise CertificateError(f"{target}: {found.client}: before quantisation, {found.detail}; nothing was written")
+
+
+def check_export(model: nn.Module, material: Material, client: Client, options: GraphOptions, relative: float) -> Check:
+    """Compare a client's numbers with the model's; quantised ones may differ, and the metrics tell what that costs.
+
+    Args:
+        model: the adapter on its base.
+        material: what was exported.
+        client: the runtime with the files.
+        options: those of the export.
+        relative: largest difference of a number over the largest one, of a file that is not quantised.
+    """
+    found = check_client(model, material, client, relative if options.quantization == "none" else None)
+    if options.data is None:
+        return found
+    examples = material.examples_of(Path(options.data))
+    return with_metrics(found, _metrics(material, model, examples), _metrics(material, client, examples))
+
+
+def _metrics(material: Material, model: Any, examples: list[Any]) -> dict[str, float]:
+    """The task's metrics on rows."""
+    results = score_examples(Step(model, material.runtime), examples, batch_size=_BATCH_SIZE, device=CPU)
+    return flat_metrics(material.runtime.summarise(results))
 
 
 def check_client(model: nn.Module, material: Material, client: Client, relative: float | None) -> Check:

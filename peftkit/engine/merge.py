@@ -15,8 +15,9 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
-from peftkit.adapters import adapter_folder
+from peftkit.adapters import adapter_folder, read_mapping
 from peftkit.engine.certify import TOLERANCE, largest_difference, reference_logits, scale_of
 from peftkit.engine.facts import AdapterFacts, read_facts
 from peftkit.engine.fold import folded
@@ -26,6 +27,7 @@ from peftkit.engine.model import Base, first_line, load_base_model, load_config,
 from peftkit.engine.parity import RENDERINGS, check_renderings
 from peftkit.engine.quantized import compute_in_float32
 from peftkit.errors import CertificateError, LoadError, RecipeError
+from peftkit.exports.llama_cpp import name_added_tokens
 from peftkit.guides import CERTIFIED_MERGE
 from peftkit.methods import METHODS
 from peftkit.recipe.quantization import Quantization, stored_quantization, why_not_plain
@@ -33,6 +35,8 @@ from peftkit.run import new_folder
 from peftkit.tasks.base import Task
 from peftkit.tasks.example import Example, Runtime
 
+_SENTENCEPIECE, _VOCABULARY = "tokenizer.model", "tokenizer.json"
+_MAY_MISS = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
 _MOST_ROUNDING = 0.25  # of the largest logit: what rounding to 16 bits moves further is another model
 Proof = tuple[Sequence[Example], Sequence[torch.Tensor]]  # rows, and the logits of base and adapter
 
@@ -191,7 +195,23 @@ def copy_companions(folder: Path, loaded: LoadedAdapter) -> None:
     for name in ("generation_config.json", RENDERINGS):
         if (loaded.folder / name).is_file():
             (folder / name).write_bytes((loaded.folder / name).read_bytes())
+    _copy_sentencepiece(folder, loaded)
     check_renderings(folder, loaded.task.runtime(read_tokenizer(str(folder)), loaded.runtime.settings))
+
+
+def _copy_sentencepiece(folder: Path, loaded: LoadedAdapter) -> None:
+    """The base's SentencePiece model beside the same vocabulary in tokenizer.json: llama.cpp's converter reads no other."""
+    base = loaded.facts.untrained_base
+
+    def find(name: str) -> Path | None:
+        path = cached_file(base.path, name, revision=base.revision, **_MAY_MISS)
+        return Path(path) if path else None
+
+    found, vocabulary, own = find(_SENTENCEPIECE), find(_VOCABULARY), folder / _VOCABULARY
+    if not found or not vocabulary or not own.is_file() or read_mapping(own)["model"] != read_mapping(vocabulary)["model"]:
+        return
+    (folder / _SENTENCEPIECE).write_bytes(found.read_bytes())
+    name_added_tokens(folder)
 
 
 def _load_alone(folder: Path, loaded: LoadedAdapter, dtype: str) -> PreTrainedModel:

@@ -6,18 +6,22 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from peftkit.engine.evaluate import flat_metrics, score_examples
 from peftkit.engine.graph_clients import open_onnx
-from peftkit.engine.graph_folder import check_client, client_of, graphs_for, model_of, running, write_companions
-from peftkit.engine.graph_proof import with_metrics
+from peftkit.engine.graph_folder import (
+    check_export,
+    client_of,
+    graphs_for,
+    model_of,
+    require_sound,
+    running,
+    unquantised,
+    write_companions,
+)
 from peftkit.engine.graphs import in_float16
 from peftkit.engine.joined_decoders import joined
-from peftkit.engine.loaded import CPU
-from peftkit.engine.step import Step
 from peftkit.engine.tracing import onnx_model
-from peftkit.errors import CertificateError
 from peftkit.exports.base import Check, Material
 from peftkit.exports.onnx import OnnxOptions
 
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
 _LARGEST_BYTES = 2_000_000_000  # protobuf's limit is 2 GiB for the whole file: larger weights lie beside it
 # Largest difference of a number over the largest one, at least 1. Sums of float16 numbers err by some units in the third place.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
-_BATCH_SIZE = 8
 
 
 def write(material: Material, options: OnnxOptions, folder: Path) -> None:
@@ -45,9 +48,7 @@ def write(material: Material, options: OnnxOptions, folder: Path) -> None:
     write_companions(material, model, folder)
     if options.quantization == "none":
         return
-    found = check(material, options.model_copy(update={"quantization": "none", "data": None}), folder)
-    if not found.passed:
-        raise CertificateError(f"onnx: {found.client}: before quantisation, {found.detail}; nothing was written")
+    require_sound("onnx", check(material, unquantised(options), folder))
     for path in sorted(folder.glob("*.onnx")):
         _quantise(path)
 
@@ -90,14 +91,4 @@ def check(material: Material, options: OnnxOptions, folder: Path) -> Check:
     model = model_of(material, "adapter", options.task_id)
     with running("onnx"):
         client = client_of({path.stem: open_onnx(path) for path in folder.glob("*.onnx")}, model, material)
-        found = check_client(model, material, client, _TOLERANCE[options.dtype] if options.quantization == "none" else None)
-        if options.data is None:
-            return found
-        examples = material.examples_of(Path(options.data))
-        return with_metrics(found, _metrics(material, model, examples), _metrics(material, client, examples))
-
-
-def _metrics(material: Material, model: Any, examples: list[Any]) -> dict[str, float]:
-    """The task's metrics on rows."""
-    results = score_examples(Step(model, material.runtime), examples, batch_size=_BATCH_SIZE, device=CPU)
-    return flat_metrics(material.runtime.summarise(results))
+        return check_export(model, material, client, options, _TOLERANCE[options.dtype])

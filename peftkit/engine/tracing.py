@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,21 @@ def onnx_model(graph: Graph) -> onnx_ir.Model:
     return model
 
 
+def import_openvino() -> Any:
+    """OpenVINO without the package by which it and nncf report every use to Google Analytics, unless the user forbade it."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # both do without
+    import openvino
+
+    return openvino
+
+
 def openvino_model(graph: Graph) -> openvino.Model:
     """A graph in OpenVINO's representation.
 
     Raises:
         RecipeError: it cannot be traced.
     """
+    import_openvino()
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
     with _tracing(graph, "openvino"):

@@ -67,14 +67,17 @@ def lint_gguf(subject: Subject, options: Any) -> Iterator[Finding]:
     if not subject.model:
         yield Finding(False, f"the config.json of {subject.base} is not at hand, so that it cannot be looked at before loading")
         return
-    yield from (Finding(True, what, remedy) for what in _not_written(subject))
+    yield from (Finding(True, what, remedy) for what in not_written(subject))
 
 
 def _lint_converter(subject: Subject, options: Any) -> Iterator[Finding]:
+    needs_converter, is_below = any(not_written(subject)), options.dtype not in WRITTEN_HERE
     script = Path(options.llama_cpp) / ("convert_hf_to_gguf.py" if options.form == "merged" else "convert_lora_to_gguf.py")
-    if not script.is_file():
+    if not needs_converter and not is_below:
+        yield Finding(True, "llama_cpp has no effect: this model and type are written without it", "leave it out")
+    if needs_converter and not script.is_file():
         yield Finding(True, f"there is no {script}", "name a folder of llama.cpp's sources")
-    if options.dtype not in WRITTEN_HERE and (options.form == "adapter" or find_quantizer(Path(options.llama_cpp)) is None):
+    if is_below and (options.form == "adapter" or find_quantizer(Path(options.llama_cpp)) is None):
         yield Finding(True, f"{options.dtype} needs a merged model and llama-quantize in {options.llama_cpp}", "build it there")
 
 
@@ -84,7 +87,7 @@ def find_quantizer(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _not_written(subject: Subject) -> Iterator[str]:
+def not_written(subject: Subject) -> Iterator[str]:
     """What a config.json and tokenizer.json have that is not written here."""
     model = dict(subject.model)
     if subject.architecture not in ARCHITECTURES:

@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 from peftkit.errors import LoadError, RecipeError
 from peftkit.exports.base import Check, Dtype, Material
-from peftkit.exports.gguf import ARCHITECTURES, WRITTEN_HERE, GgufOptions, find_quantizer, rope_of
+from peftkit.exports.gguf import ARCHITECTURES, WRITTEN_HERE, GgufOptions, find_quantizer, not_written, rope_of
 from peftkit.exports.gguf_vocab import read_vocabulary
+from peftkit.exports.llama_cpp import name_added_tokens
 from peftkit.exports.llama_cpp_torch import check_with_llama_cpp
 from peftkit.exports.lora_torch import read_layers, uniform
 from peftkit.exports.renderings import kept_renderings
@@ -51,9 +52,13 @@ def check(material: Material, options: GgufOptions, folder: Path) -> Check:
     base = material.base_dir()
     if base is None:
         return Check.not_here(f"the files of {material.subject.base} are not on this machine")
-    if material.subject.architecture not in ARCHITECTURES:
+    if not any(not_written(material.subject)):
+        write_model(base, material.work_dir / "base.gguf", "f32")
+    elif options.llama_cpp is not None:
+        source = _with_special_tokens(base, material.work_dir / "base")
+        _convert_model(Path(options.llama_cpp), source, "f32", material.work_dir / "base.gguf")
+    else:
         return Check.not_here(f"no GGUF of the base {material.subject.base} can be written to put it onto")
-    write_model(base, material.work_dir / "base.gguf", "f32")
     return check_with_llama_cpp(material, options.client, "f32", material.work_dir / "base.gguf", folder / ADAPTER)
 
 
@@ -260,21 +265,47 @@ def _turn_end(source: Path, tokenizer: Any) -> int | None:
 
 
 def _convert(material: Material, options: GgufOptions, folder: Path) -> None:
-    """Have llama.cpp's converter write the file and, for types below it, its quantizer."""
+    """Have llama.cpp's converter write what is not written here, and its quantizer what is below q8_0."""
     tools = Path(options.llama_cpp or "")
-    plain = options.dtype if options.dtype in WRITTEN_HERE else "f16"
     if options.form == "adapter":
-        base = material.base_dir()
-        if base is None:
-            raise RecipeError(f"--set llama_cpp: its converter needs the base {material.subject.base} on this machine")
-        arguments = [str(material.subject.folder), "--base", str(base), "--outfile", str(folder / ADAPTER)]
-        _run([sys.executable, str(tools / "convert_lora_to_gguf.py"), *arguments, "--outtype", plain])
+        _convert_lora(material, tools, "f32" if options.dtype == "auto" else options.dtype, folder / ADAPTER)
+        _copy_template(material, folder)
         return
+    plain = options.dtype if options.dtype in WRITTEN_HERE else "auto"
     target = folder / MODEL if plain == options.dtype else material.work_dir / "plain.gguf"
     source = material.merged(_DTYPES.get(plain, "auto"))
-    _run([sys.executable, str(tools / "convert_hf_to_gguf.py"), str(source), "--outfile", str(target), "--outtype", plain])
+    if any(not_written(material.subject)):
+        _convert_model(tools, source, plain, target)
+    else:
+        write_model(source, target, plain)
     if plain != options.dtype:
         _run([str(find_quantizer(tools)), str(target), str(folder / MODEL), options.dtype.upper()])
+
+
+def _convert_model(tools: Path, source: Path, kind: str, target: Path) -> None:
+    _run([sys.executable, str(tools / "convert_hf_to_gguf.py"), str(source), "--outfile", str(target), "--outtype", kind])
+
+
+def _with_special_tokens(base: Path, folder: Path) -> Path:
+    """A folder of links to the base's files, whose tokenizer names its special tokens to the converter."""
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    config = folder / "tokenizer_config.json"
+    if config.exists() and (folder / "tokenizer.json").exists():
+        text = config.read_text(encoding="utf-8")
+        config.unlink()  # the link
+        config.write_text(text, encoding="utf-8")
+        name_added_tokens(folder)
+    return folder
+
+
+def _convert_lora(material: Material, tools: Path, kind: str, target: Path) -> None:
+    base = material.base_dir()
+    if base is None:
+        raise RecipeError(f"--set llama_cpp: its converter needs the base {material.subject.base} on this machine")
+    arguments = [str(material.subject.folder), "--base", str(base), "--outfile", str(target), "--outtype", kind]
+    _run([sys.executable, str(tools / "convert_lora_to_gguf.py"), *arguments])
 
 
 def _run(command: list[str]) -> None:

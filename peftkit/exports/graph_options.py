@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -19,6 +20,8 @@ class GraphOptions(Section):
 
     form: Form = Field("merged", description="merged: folded into the base; adapter: base and adapter as one graph.")
     dtype: Literal["float32", "float16"] = Field("float32", description="Dtype of the written weights.")
+    quantization: str = "none"
+    data: str | None = Field(None, description="File of rows to measure the task's metrics on, before and after quantisation.")
     task_id: str | None = Field(None, description="The task, of an adapter that has learned several.")
 
 
@@ -44,6 +47,19 @@ def lint_graph(subject: Subject, options: GraphOptions) -> Iterator[Finding]:
         )
     if not names and options.task_id is not None:
         yield Finding(True, "task_id has no effect: the adapter has not learned several tasks", "leave it out")
+    yield from _lint_quantization(options)
     method = subject.known_method
     if options.form == "adapter" and method is not None and method.not_one_graph:
         yield Finding(True, f"{method.name} cannot be one graph with its base: {method.not_one_graph}")
+
+
+def _lint_quantization(options: GraphOptions) -> Iterator[Finding]:
+    kind = options.quantization
+    if kind != "none" and options.dtype == "float16":
+        yield Finding(
+            True, f"{kind} is made from float32 weights: dtype=float16 would have no effect", "leave one of the two out"
+        )
+    if options.data is not None and kind == "none":
+        yield Finding(True, "data has no effect without quantization: the numbers are those of `evaluate`", "leave it out")
+    if options.data is not None and not Path(options.data).is_file():
+        yield Finding(True, f"data: there is no file `{options.data}`", "name one with rows as for `evaluate --data`")

@@ -60,15 +60,24 @@ def _heads(subject: Subject) -> Iterator[Finding]:
         yield Finding(False, f"{VERSION} is the first known here to take a trained head; older ones refuse modules_to_save")
 
 
+def max_rank(rank: int) -> int:
+    """What --max-lora-rank is told for adapters up to this rank."""
+    return next(known for known in RANKS if known >= rank)
+
+
+def pooling_words(task: str) -> list[str]:
+    """The part of its command line that says that nothing is generated."""
+    pooling = {"SEQ_CLS": "classify", "TOKEN_CLS": "classify", "FEATURE_EXTRACTION": "embed"}.get(task)
+    return ["--runner", "pooling", "--convert", pooling] if pooling else []
+
+
 def launch(subject: Subject, options: ServingOptions) -> list[str]:
     """The words of the command; `$here` is the exported folder."""
-    pooling = {"SEQ_CLS": "classify", "TOKEN_CLS": "classify", "FEATURE_EXTRACTION": "embed"}.get(subject.task)
-    kind = ["--runner", "pooling", "--convert", pooling] if pooling else []
+    kind = pooling_words(subject.task)
     if options.form == "merged":
         return ["vllm", "serve", "$here", "--served-model-name", options.name, *kind]
-    rank = next(rank for rank in RANKS if rank >= rank_of(subject))
     revision = ["--revision", subject.revision] if subject.revision else []
-    adapter = ["--enable-lora", "--lora-modules", f"{options.name}=$here", "--max-lora-rank", str(rank)]
+    adapter = ["--enable-lora", "--lora-modules", f"{options.name}=$here", "--max-lora-rank", str(max_rank(rank_of(subject)))]
     files = {"--chat-template": "chat_template.jinja", "--generation-config": "generation_config.json"}
     # A folder for the one, a file for the other.
     places = {"--chat-template": "$here/chat_template.jinja", "--generation-config": "$here"}

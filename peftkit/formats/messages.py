@@ -10,7 +10,7 @@ from peftkit.formats.base import RawRow, RowError, flag_of, is_missing, json_of,
 
 Message = dict[str, Any]
 
-_ROLES = {
+ROLES = {
     **{"system": "system", "developer": "developer", "user": "user", "human": "user"},
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
@@ -48,9 +48,9 @@ def message_of(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {kind_of(turn)}, not a mapping with role and content")
     name = next((turn[key] for key in ("role", "from") if not is_missing(turn.get(key))), None)
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise RowError(f"{where} has the role {shown(name)}; allowed: {', '.join(_ROLES)}")
+        raise RowError(f"{where} has the role {shown(name)}; allowed: {', '.join(ROLES)}")
     calls = _called(turn, where) if name == "function_call" else _tool_calls(turn, role, where)
     content = "" if name == "function_call" else _content(turn, role, bool(calls), where)
     message: Message = {"role": role, "content": content}

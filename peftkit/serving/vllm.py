@@ -1,52 +1,48 @@
-"""The server's work done by vLLM: what it can serve, and its command line."""
+"""The server's work done by vLLM: its command line, for adapters that it takes as they are."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-from peftkit.adapters import CONFIG, read_mapping
 from peftkit.errors import RecipeError
-from peftkit.exports.vllm import RANKS
+from peftkit.exports.lora import rank_of
+from peftkit.exports.serving import ServingOptions
+from peftkit.exports.subject import Subject
+from peftkit.exports.vllm import VLLM, max_rank, pooling_words
+
+_TEMPLATE = "chat_template.jinja"
 
 
-def why_not(config: Mapping[str, Any]) -> Iterator[str]:
-    """What vLLM cannot do of an adapter's config (vllm/lora/peft_helper.py; it leaves out the patterns without a word)."""
-    if config.get("peft_type") != "LORA":
-        yield f"it is {config.get('peft_type')}, and vLLM serves LoRA alone; `peftkit convert` makes a LoRA of many methods"
-        return
-    if config.get("use_dora"):
-        yield "vLLM has no DoRA"
-    if config.get("modules_to_save"):
-        yield f"vLLM takes no modules that are saved whole ({', '.join(config['modules_to_save'])})"
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        yield "vLLM would scale all modules alike, without `rank_pattern` and `alpha_pattern`"
-    if config.get("r", 0) > RANKS[-1]:
-        yield f"its rank is {config['r']}, and vLLM takes at most {RANKS[-1]}"
-
-
-def vllm_command(base: str, adapters: Mapping[str, Path], host: str, port: int) -> list[str]:
+def vllm_command(subjects: Mapping[str, Subject], host: str, port: int) -> list[str]:
     """`vllm serve` with every adapter.
 
     Args:
-        base: the base model.
-        adapters: adapter folders by name.
+        subjects: adapters of one base, by name.
         host: address to listen at.
         port: port to listen at.
 
     Raises:
-        RecipeError: vLLM cannot serve one of them, with the reasons.
+        RecipeError: vLLM cannot serve one of them, or not together, with the reasons.
     """
-    configs = {name: read_mapping(folder / CONFIG) for name, folder in adapters.items()}
-    problems = [f"{name}: {reason}" for name, config in configs.items() for reason in why_not(config)]
+    problems = [
+        f"{name}: {finding.what}" + (f"; {finding.remedy}" if finding.remedy else "")
+        for name, subject in subjects.items()
+        for finding in VLLM.findings(subject, ServingOptions())
+        if finding.refuses
+    ]
+    templates = {name: subject.folder / _TEMPLATE for name, subject in subjects.items()}
+    if len({path.read_bytes() if path.is_file() else b"" for path in templates.values()}) > 1:
+        problems.append("they were trained with different chat templates, and it has one for all: serve them apart")
     if problems:
         raise RecipeError("--engine vllm cannot serve these adapters:\n  " + "\n  ".join(problems))
-    rank = next(known for known in RANKS if known >= max(config["r"] for config in configs.values()))
-    modules = [f"{name}={folder.absolute()}" for name, folder in adapters.items()]
-    lora = ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(adapters)), "--lora-modules", *modules]
-    return ["vllm", "serve", base, *lora, "--host", host, "--port", str(port)]
+    first, template = next(iter(subjects.values())), next(iter(templates.values()))
+    modules = [f"{name}={subject.folder.absolute()}" for name, subject in subjects.items()]
+    words = ["vllm", "serve", first.base, *(["--revision", first.revision] if first.revision else [])]
+    words += ["--enable-lora", "--max-lora-rank", str(max_rank(max(map(rank_of, subjects.values()))))]
+    words += ["--max-loras", str(len(subjects)), "--lora-modules", *modules]
+    words += ["--chat-template", str(template.absolute())] if template.is_file() else []
+    return [*words, *pooling_words(first.task), "--host", host, "--port", str(port)]
 
 
 def require_vllm() -> None:

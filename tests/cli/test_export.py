@@ -150,8 +150,19 @@ def test_other_types_go_through_the_users_llama_cpp(cli: Any, plain_run: Path, t
     asked = ("--set", f"llama_cpp={tools}", "--set", "client=none", "--set")
     export(cli, plain_run, "gguf", *asked, "dtype=q4_k_m", "--output", tmp_path / "out")
     assert (tmp_path / "out" / "model.gguf").read_text() == "Q4_K_M\n"
+    refused = cli("export", "--adapter", plain_run, "--target", "gguf", *asked, "dtype=f16", "--lint")
+    assert (refused.code, "llama_cpp has no effect" in refused.err) == (2, True)
+
+
+def test_other_models_go_through_the_users_llama_cpp(cli: Any, models_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("CAUSAL_LM", models_dir, tmp_path, model={"name_or_path": str(models_dir / "gpt2")})
+    train(recipe, tmp_path / "run", "--set", "training.max_steps=1")
+    tools = fake_llama_cpp(tmp_path / "llama.cpp")
+    asked = ("--set", f"llama_cpp={tools}", "--set", "client=none", "--set", "dtype=f16", "--output")
+    export(cli, tmp_path / "run", "gguf", *asked, tmp_path / "out")
+    assert (tmp_path / "out" / "model.gguf").read_text().endswith("--outtype f16")
     (tools / "convert_hf_to_gguf.py").write_text("import sys\nsys.exit('no such pre-tokenizer')\n")
-    failed = cli("export", "--adapter", plain_run, "--target", "gguf", *asked, "dtype=f16", "--output", tmp_path / "other")
+    failed = cli("export", "--adapter", tmp_path / "run", "--target", "gguf", *asked, tmp_path / "other")
     assert (failed.code, "no such pre-tokenizer" in failed.err, (tmp_path / "other").exists()) == (7, True, False)
 
 

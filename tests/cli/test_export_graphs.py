@@ -82,6 +82,16 @@ def test_a_quantised_classifier_tells_what_it_costs(classifier: Path) -> None:
     assert numbers["loss_before"] != numbers["loss_after"]
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_openvino_takes_weights_of_few_bits_and_reports_to_nobody(kind: str, cls_run: Path, tmp_path: Path) -> None:
+    rows = cls_run.parent / "test.jsonl"
+    settings = ("--set", f"quantization={kind}", "--set", f"data={rows}")
+    (record,) = export(cls_run, tmp_path / "out", "--target", "openvino", *settings)
+    assert {"max_abs_diff", "accuracy_before", "accuracy_after"} <= set(record["check"]["numbers"])
+    assert f'element_type="{kind.replace("int", "u")}"' in (tmp_path / "out/openvino_model.xml").read_text()
+    assert sys.modules["openvino_telemetry"] is None
+
+
 def test_a_classifier_names_the_classes_without_torch(classifier: Path, cls_run: Path) -> None:
     texts = [row["text"] for row in label_rows(4)]
     assert answer(CLASSIFIER, classifier, *texts) == [asked(cls_run, text) for text in texts]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from peftkit.engine import fold
 from peftkit.engine.certify import TOLERANCE
 from peftkit.recipe.quantization import Quantization
 from tests.conftest import instruction_rows, label_rows, tiny_tokenizer
-from tests.runs import tiny_recipe, train
+from tests.runs import peftkit_process, tiny_recipe, train
 
 GPTQ = dataclasses.asdict(Quantization("gptq", 4, is_stored=True))
 PROMPTS = [row["instruction"] for row in instruction_rows(4)]
@@ -67,6 +69,22 @@ def test_a_merged_encoder_decoder_answers_alone_like_its_adapter(cli: Any, s2s_r
         output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
         answer = cli("infer", "--adapter", s2s_run, "--prompt", prompt, "--json").json["prediction"]
         assert tokenizer.decode(output[0], skip_special_tokens=True) == answer
+
+
+def test_a_sentencepiece_model_goes_along_with_the_same_vocabulary(
+    cli: Any, lm_run: Path, models_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models_dir / "llama", tmp_path / "base")
+    (tmp_path / "base/tokenizer.model").write_bytes(b"pieces")
+    merge(cli, lm_run, tmp_path / "merged", "--base", str(tmp_path / "base"))
+    assert (tmp_path / "merged/tokenizer.model").read_bytes() == b"pieces"
+    named = json.loads((tmp_path / "merged/tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert named["1"]["special"]  # to a converter that reads no tokenizer.json
+    tokenizer = json.loads((tmp_path / "base/tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps(tokenizer))
+    merge(cli, lm_run, tmp_path / "other", "--base", str(tmp_path / "base"))
+    assert not (tmp_path / "other/tokenizer.model").exists()
 
 
 @pytest.mark.parametrize(
@@ -234,3 +252,14 @@ def test_the_merged_folder_has_tokenizer_template_and_generation_settings(cli: A
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
     ends = json.loads((tmp_path / "merged/generation_config.json").read_text())["eos_token_id"]
     assert set(ends) == {tokenizers[0].eos_token_id, tokenizers[0].convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_a_merge_that_is_told_to_end_leaves_nothing(lm_run: Path, tmp_path: Path) -> None:
+    process = peftkit_process("merge", "--adapter", lm_run, "--output", tmp_path / "merged")
+    while not list(tmp_path.glob(".merged.*")):  # it is being written
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert (process.returncode, list(tmp_path.iterdir())) == (75, [])
+    assert "stopped by SIGTERM before it was done" in message

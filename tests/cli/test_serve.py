@@ -350,7 +350,7 @@ def test_vllm_gets_its_command(cli: Callable[..., Result], language_adapters: di
     assert f"--lora-modules lora={language_adapters['lora']}/adapter wide=" in result.out
     result = cli("serve", *named, "--adapter", f"ia3={language_adapters['ia3']}", "--engine", "vllm", "--dry-run")
     assert result.code == 2
-    assert "ia3: it is IA3" in result.err
+    assert "ia3: vLLM 0.33.0 takes LoRA adapters; this one is of the method ia3" in result.err
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from peftkit.tasks import TASKS
 from peftkit.tasks.encoding import Encoding
 from peftkit.tasks.example import Example
 from tests.conftest import bert_like_tokenizer, rows_of, write_jsonl
-from tests.contracts.tiny_models import save_tiny_model
+from tests.contracts.tiny_models import DECODERS, save_tiny_model
 from tests.runs import run_cli
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -171,6 +171,12 @@ def test_a_model_without_keys_and_values_is_refused_prefixes_with_the_reason(tin
         assert result.code == 2
         assert "keeps no keys and values, so none can be put in front of them" in result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_virtual_tokens_reach_every_decoder(tiny: Any, tmp_path: Path, name: str, method: str) -> None:
+    assert trained(tmp_path, "CAUSAL_LM", tiny(name), ADAPTERS[method]).summary["certificate"]["passed"]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])

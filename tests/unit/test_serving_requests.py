@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from peftkit.errors import RecipeError
+from peftkit.exports.subject import Subject, read_subject
 from peftkit.serving.jobs import Limits, Refusal
 from peftkit.serving.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, parse, require_within
 from peftkit.serving.server import listen, read_key, require_key
@@ -114,31 +115,46 @@ def test_a_port_that_is_taken_is_named() -> None:
     taken.close()
 
 
-def adapter(folder: Path, **fields: Any) -> Path:
+def adapter(folder: Path, **fields: Any) -> Subject:
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 12, **fields}))
-    return folder
+    config = {"peft_type": "LORA", "r": 12, "task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/name", **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return read_subject(folder, None)
 
 
 def test_the_command_of_vllm_names_every_adapter(tmp_path: Path) -> None:
-    adapters = {"a": adapter(tmp_path / "a"), "b": adapter(tmp_path / "b", r=4)}
-    command = vllm_command("owner/name", adapters, "127.0.0.1", 8000)
-    assert command == [
-        *("vllm", "serve", "owner/name", "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--lora-modules"),
+    adapters = {"a": adapter(tmp_path / "a"), "b": adapter(tmp_path / "b", r=4, rank_pattern={"q_proj": 40})}
+    assert vllm_command(adapters, "127.0.0.1", 8000) == [
+        *("vllm", "serve", "owner/name", "--enable-lora", "--max-lora-rank", "64", "--max-loras", "2", "--lora-modules"),
         *(f"a={tmp_path}/a", f"b={tmp_path}/b", "--host", "127.0.0.1", "--port", "8000"),
     ]
+
+
+def test_vllm_classifies_with_a_trained_head_of_its_own_kind(tmp_path: Path) -> None:
+    command = vllm_command({"a": adapter(tmp_path / "a", task_type="SEQ_CLS", modules_to_save=["score"])}, "127.0.0.1", 80)
+    assert command[-8:-4] == ["--runner", "pooling", "--convert", "classify"]
+
+
+def test_vllm_is_told_the_chat_template_of_training(tmp_path: Path) -> None:
+    adapters = {name: adapter(tmp_path / name) for name in "ab"}
+    for name, template in (("a", "one"), ("b", "one")):
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    assert f"--chat-template {tmp_path}/a/chat_template.jinja" in " ".join(vllm_command(adapters, "127.0.0.1", 80))
+    (tmp_path / "b/chat_template.jinja").write_text("other")
+    with pytest.raises(RecipeError, match="different chat templates"):
+        vllm_command(adapters, "127.0.0.1", 80)
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"peft_type": "IA3"}, "vLLM serves LoRA alone"),
-        ({"use_dora": True}, "no DoRA"),
-        ({"modules_to_save": ["score"]}, "saved whole"),
-        ({"rank_pattern": {"q": 4}}, "scale all modules alike"),
-        ({"r": 1024}, "at most 512"),
+        ({"peft_type": "IA3"}, "takes LoRA adapters; this one is of the method ia3"),
+        ({"use_dora": True}, "is a DoRA"),
+        ({"modules_to_save": ["embed_tokens"]}, "trained whole"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "this adapter is for SEQ_2_SEQ_LM"),
+        ({"r": 1024}, "up to 512"),
     ],
 )
 def test_what_vllm_cannot_serve_is_refused(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=f"a: .*{reason}"):
-        vllm_command("owner/name", {"a": adapter(tmp_path / "a", **fields)}, "127.0.0.1", 8000)
+        vllm_command({"a": adapter(tmp_path / "a", **fields)}, "127.0.0.1", 8000)

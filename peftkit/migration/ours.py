@@ -1,0 +1,19 @@
+"""The fields of our own sections, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftkit.methods import METHODS
+from peftkit.recipe.explain import section_of
+from peftkit.recipe.schema import Recipe
+
+
+def fields_of(section: str, method: Any) -> Mapping[str, Any]:
+    """Name -> field of a section of a recipe; of `adapter` those of the method. Empty where there is no such section."""
+    if section == "adapter":
+        return METHODS[method].section.model_fields if method in METHODS else {}
+    field = Recipe.model_fields.get(section)
+    found = section_of(field.annotation) if field is not None else None
+    return found.model_fields if found is not None else {}
