@@ -7,16 +7,18 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
-from peftkit.errors import PeftkitError, Problem, RecipeError
+from peftkit.errors import PeftkitError, Problem, RecipeError, Stopped
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
+
+T = TypeVar("T")
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -268,6 +270,35 @@ def _bar(before: str, after: str, *, transient: bool = False) -> Progress:
 def is_interactive() -> bool:
     """Whether a person types at a terminal."""
     return sys.stdin.isatty()
+
+
+def is_dialogue() -> bool:
+    """Whether a person reads and types at a terminal, and can be asked something."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def ask_until(question: str, default: str, check: Callable[[str], T]) -> T:
+    """What `check` makes of the answer; Enter stands for the default, and a wrong answer is told why and asked for again.
+
+    Raises:
+        Stopped: Ctrl-C, or the input has ended.
+    """
+    import typer
+
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - arrows move in the line instead of writing signs
+
+    def checked(text: str) -> T:
+        try:
+            return check(text.strip())
+        except PeftkitError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    try:
+        answer: T = typer.prompt(question, default=default, show_default=bool(default), value_proc=checked)
+    except typer.Abort as error:
+        raise Stopped("interrupted; nothing has been written", 130) from error
+    return answer
 
 
 def ask(prompt: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import DataError, LoadError, RecipeError
+from peftkit.guides import RESUME
 from peftkit.plan import Plan
 from peftkit.resolved import resolved_yaml
 from peftkit.run import Run, write_json, write_text
@@ -77,7 +78,8 @@ def begin(run: Run, plan: Plan, facts: Mapping[str, Any], *, resume: bool, force
     found = differences(was, facts, "fingerprints") if was else {}
     if found and not force:
         text = f"--resume: {run.dir} has been trained on something else:\n{_lines(found)}\n`--force` goes on all the same"
-        raise DataError(text) if any(key.startswith("data.") for key in found) else LoadError(text)
+        kind = DataError if any(key.startswith("data.") for key in found) else LoadError
+        raise kind(text, guide=RESUME)
     changed = run.changes_of_recipe(plan) if resume and force else ""
     kept = {key: was[key] for key in ("initial_weights", "forced") if key in was}
     forced = [f"{key} {text}" for key, text in found.items()] + changed.splitlines()

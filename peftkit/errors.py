@@ -12,14 +12,31 @@ PeftkitError               1   a bug of ours
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from peftkit.guides import section_of
+
 
 class PeftkitError(Exception):
-    """An error with a message for users and an exit code; the CLI prints the one and returns the other."""
+    """An error with a message for users and an exit code; the CLI prints the one and returns the other.
+
+    Args:
+        message: what is wrong, the value found, what is allowed, what to do.
+        guide: where docs/ tell more, see `peftkit.guides`; empty where they do not.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, guide: str = "") -> None:
+        super().__init__(message)
+        self.guide = guide
+
+    @property
+    def told(self) -> str:
+        """The message as the CLI prints it: its last line says where more is told."""
+        return f"{self}\nsee {self.guide}" if self.guide else str(self)
 
 
 @dataclass(frozen=True)
@@ -31,12 +48,14 @@ class Problem:
         key: dotted key, such as `training.learning_rate`; empty for the file as a whole.
         what: the sentence: what is wrong, the value found, what is allowed, what to do.
         exit_code: 2 for the recipe itself, 3 for data that is not there, 7 for a model that is not there.
+        guide: where docs/ tell more.
     """
 
     where: str
     key: str
     what: str
     exit_code: int = 2
+    guide: str = ""
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.where, self.key, self.what) if part)
@@ -47,11 +66,14 @@ class RecipeError(PeftkitError):
 
     exit_code = 2
 
-    def __init__(self, problems: Sequence[Problem] | str) -> None:
-        self.problems = [Problem("", "", problems)] if isinstance(problems, str) else list(problems)
+    def __init__(self, problems: Sequence[Problem] | str, *, guide: str = "") -> None:
+        if isinstance(problems, str):  # of the command line: they begin with their option
+            problems = [Problem("", "", problems, guide=section_of(re.split(r"[: ]", problems)[0]))]
+        self.problems = list(problems)
         # Broken YAML makes every other finding moot; only when the recipe is sound does a missing file decide.
         self.exit_code = min(problem.exit_code for problem in self.problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        guides = dict.fromkeys(problem.guide for problem in self.problems if problem.guide)
+        super().__init__("\n".join(str(problem) for problem in self.problems), guide=guide or ", ".join(guides))
 
 
 class DataError(PeftkitError):

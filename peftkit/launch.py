@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from peftkit.errors import RecipeError
+from peftkit.guides import SHARDED
 from peftkit.launch_file import (
     Sharding,
     check_launch,
@@ -56,7 +57,7 @@ def refuse_unshardable(loaded: LoadedRecipe, sharding: Sharding) -> None:
     """
     found = chain(why_not_sharded(loaded.recipe, sharding.kind), why_not_split(loaded.recipe) if sharding.cp_size > 1 else ())
     if problems := [loaded.problem(key, what) for key, what in found]:
-        raise RecipeError(problems)
+        raise RecipeError(problems, guide=SHARDED)
 
 
 def started_with(kind: str) -> bool:

@@ -50,6 +50,20 @@ def lock(run: Run, note: Callable[[str], None], *, force: bool) -> Iterator[None
         guard.release()
 
 
+def live_holder(run: Run) -> str:
+    """Who writes to a run now, as far as that can be told from here; empty where nobody does."""
+    try:
+        holder = _read(run.lock_path)
+    except OSError:
+        return ""
+    if not holder:
+        return ""
+    own, who = _facts(), f"process {holder.get('pid')}"
+    if holder.get("host") != own["host"]:
+        return f"{who} on {holder.get('host')}, which cannot be seen from here"
+    return who if _is_running(holder, own) else ""
+
+
 def _replace(run: Run, holder: dict[str, Any], note: Callable[[str], None], force: bool) -> None:
     own = _facts()
     if holder and not _is_own(holder):

@@ -15,6 +15,7 @@ import psutil  # type: ignore[import-untyped]
 
 from peftkit.cgroups import control_groups
 from peftkit.errors import PeftkitError
+from peftkit.guides import WORKERS
 from peftkit.run import Run
 from peftkit.stop import STOPS
 
@@ -29,8 +30,8 @@ _STUCK = {psutil.STATUS_STOPPED: "stopped (state T)", psutil.STATUS_ZOMBIE: "a z
 class JobError(PeftkitError):
     """A launched run that a worker ended: it died, was stopped or hung."""
 
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, exit_code: int = 1, *, guide: str = WORKERS) -> None:
+        super().__init__(message, guide=guide)
         self.exit_code = exit_code
 
 
@@ -190,7 +191,7 @@ class Job:
             raise JobError(f"the workers' launcher was ended by {_name(-self.process.returncode)}")
         silent = set(failures) - {str(report["rank"]) for report in reports}
         if reports and not silent:
-            raise JobError(f"rank {reports[0]['rank']}: {reports[0]['message']}")
+            raise JobError(f"rank {reports[0]['rank']}: {reports[0]['message']}", guide="")
         first = min(silent, default="?")
         raise JobError(f"rank {first} ended without a word{self._last_lines(first)}")
 
@@ -205,7 +206,8 @@ class Job:
         code: int = first["code"]
         if code in STOPS or any(report["at_terminal"] and report["code"] == code for report in reports):
             return code
-        raise JobError(f"rank {first['rank']}: {first['message']}\nIts log: {self.run.worker_log_path(first['rank'])}", code)
+        text = f"rank {first['rank']}: {first['message']}\nIts log: {self.run.worker_log_path(first['rank'])}"
+        raise JobError(text, code, guide="")
 
     def _killed(self, rank: int, number: int) -> JobError:
         message = f"rank {rank} was ended by {_name(number)}"

@@ -17,16 +17,19 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "peftkit").rglob("*.py"))
 # A module imports only from its left; `console` stands apart: it knows errors, and commands and cli alone know it.
 ORDER = (
+    "guides",
     "errors",
     "section",
     "shipped",
     "hub",
     "adapters",
     "table",
+    "doctor",
     "formats",
     "tasks",
     "methods",
     "recipe",
+    "reading",
     "plan",
     "cgroups",
     "resolved",

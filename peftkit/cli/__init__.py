@@ -47,9 +47,12 @@ COMMANDS = (
     serving.serve,
     publishing.push,
     reports.report,
+    reports.runs,
+    reports.diff,
     reference.methods,
     reference.explain,
     reference.schema,
+    reference.doctor,
 )
 for _command in COMMANDS:
     app.command()(_command)
@@ -89,7 +92,7 @@ def main() -> None:
     except SystemExit as error:
         _leave(error.code if isinstance(error.code, int) else int(error.code is not None))
     except PeftkitError as error:
-        _fail(f"peftkit: error (exit {error.exit_code})", str(error), error.exit_code)
+        _fail(f"peftkit: error (exit {error.exit_code})", error.told, error.exit_code)
     except KeyboardInterrupt:
         _fail("peftkit", "interrupted", 130)
     except Exception as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from peftkit.cli import completion
 from peftkit.cli.options import AsJson, Overrides
 
 if TYPE_CHECKING:
@@ -25,12 +26,21 @@ RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="With --resume
 SkipRefused = Annotated[bool, typer.Option("--skip-refused", help="Leave out what cannot work on this model.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Trials at once; each has a GPU of its own.")]
 
+Variants = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe, a file with `compare:` or `sweep:`, or the directory of what was begun.",
+        autocompletion=completion.recipe_files,
+    ),
+]
+
 
 def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A recipe, a `compare:` file, or the directory of a comparison.")
-    ],
-    methods: Annotated[str | None, typer.Option(help="Methods to compare, separated by commas.")] = None,
+    recipe: Variants,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to compare, separated by commas.", autocompletion=completion.method_names)
+    ] = None,
     seeds: Seeds = None,
     budget: Budget = None,
     match_params: Annotated[
@@ -69,7 +79,7 @@ def compare(  # noqa: PLR0913, PLR0917 - one parameter per option
 
 
 def sweep(  # noqa: PLR0913, PLR0917 - one parameter per option
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a `sweep:` file, or the directory of a sweep.")],
+    recipe: Variants,
     grid: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V,V", help="Values of a key; repeatable: all combinations.")
     ] = None,

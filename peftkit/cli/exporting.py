@@ -7,12 +7,20 @@ from typing import Annotated
 
 import typer
 
+from peftkit.cli import completion
 from peftkit.cli.options import Adapter, AsJson, Base, names_of
 
 
 def export(  # noqa: PLR0913, PLR0917 - one parameter per option
     adapter: Adapter,
-    target: Annotated[str, typer.Option(metavar="TARGETS", help="Engines, with commas: docs/exporting.md lists them.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGETS",
+            help="Engines, with commas: docs/exporting.md lists them.",
+            autocompletion=completion.target_names,
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder to write, of several targets one in it for each; default: exports/ of the run.")
     ] = None,

@@ -7,20 +7,27 @@ from typing import Annotated
 
 import typer
 
+from peftkit.cli import completion
 from peftkit.cli.options import AsJson, Overrides, RecipePath
 
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
-    task: Annotated[str, typer.Option(help="Task type.")] = "CAUSAL_LM",
-    method: Annotated[str, typer.Option(help="Adapter method.")] = "lora",
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task type; default: what the rows suit, or CAUSAL_LM.", autocompletion=completion.task_names),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Adapter method; default: lora.", autocompletion=completion.method_names)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or local folder of the base model.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace a file that exists.")] = False,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to train on: a file, glob or folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write a commented starter recipe."""
+    """Write a commented starter recipe; at a terminal, what is not given is asked."""
     from peftkit.commands import init as command
 
-    command.init(path, task, method, model, force)
+    command.init(path, command.Given(task, method, model, data), force)
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -57,9 +64,17 @@ def plan(
 
 
 def params(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes; one line (or JSON object) each.")],
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE...", help="Recipes; one line (or JSON object) each.", autocompletion=completion.recipe_files
+        ),
+    ],
     by_module: Annotated[bool, typer.Option("--by-module", help="A table by module too.")] = False,
-    compare: Annotated[str | None, typer.Option(help="Other methods to compare with, separated by commas.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Other methods to compare with, separated by commas.", autocompletion=completion.method_names),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from peftkit.engine.examples import Examples
 from peftkit.errors import DataError
 from peftkit.formats.base import CanonicalRow
+from peftkit.guides import AUDIT, LENGTH
 
 Rows = Sequence[tuple[str, CanonicalRow]]
 
@@ -71,7 +72,8 @@ class BadRows:
         """Raise the DataError that names them."""
         rest = f"\n  ... and {self.count - len(self.lines)} more" if self.count > len(self.lines) else ""
         rest += f" ({self.remedy})" if rest and self.remedy else ""
-        raise DataError(f"{self.count} {self.heading}{more}:\n  " + "\n  ".join(self.lines) + rest)
+        text = f"{self.count} {self.heading}{more}:\n  " + "\n  ".join(self.lines) + rest
+        raise DataError(text, guide=LENGTH if self.longest else AUDIT)
 
 
 class Identity(NamedTuple):

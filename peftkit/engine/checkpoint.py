@@ -22,6 +22,7 @@ from peftkit.engine.guard import raise_if_exhausted
 from peftkit.engine.hardware import process_index
 from peftkit.engine.sharding import is_sharded
 from peftkit.errors import LoadError
+from peftkit.guides import RESUME
 from peftkit.run import Run, new_folder, remove_folder, write_json
 
 TENSORS, OPTIMIZER, RNG, STATE = "trainable.safetensors", "optimizer.pt", "rng.pt", "state.json"
@@ -153,7 +154,8 @@ def find_checkpoint(run: Run, note: Callable[[str], None], *, needs_best: bool) 
         broadcast_object_list(found)
     path, damage = found
     if path is None and damage:
-        raise LoadError(f"no checkpoint of {run.dir} can be loaded:{damage}\nStart again without `--resume`, in a new folder")
+        text = f"no checkpoint of {run.dir} can be loaded:{damage}\nStart again without `--resume`, in a new folder"
+        raise LoadError(text, guide=RESUME)
     return path
 
 

@@ -14,6 +14,7 @@ from peftkit.engine.limits import memory_of_process, usable_bytes
 from peftkit.engine.memory import PARTS, MemoryPlan, plan_memory
 from peftkit.engine.survey import Survey
 from peftkit.errors import ResourceError
+from peftkit.guides import MEMORY
 from peftkit.launch import worker_sharding
 from peftkit.plan import Plan
 from peftkit.recipe import LoadedRecipe
@@ -36,7 +37,7 @@ def explain_training_memory(loaded: LoadedRecipe, found: Survey) -> Iterator[Non
         yield
     except NoMemoryError as error:
         _let_go(error)
-        raise ResourceError(exhausted_text(loaded, found, error)) from error
+        raise ResourceError(exhausted_text(loaded, found, error), guide=MEMORY) from error
 
 
 def _let_go(error: BaseException | None) -> None:

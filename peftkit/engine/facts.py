@@ -12,10 +12,10 @@ from typing import Any
 from peftkit.adapters import CONFIG, FACTS, TENSORS, read_mapping
 from peftkit.engine.adapter import read_tensors
 from peftkit.engine.model import Base
-from peftkit.engine.sources import computed_columns
 from peftkit.errors import LoadError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan
+from peftkit.reading.columns import computed_columns
 from peftkit.recipe.quantization import Quantization
 from peftkit.run import write_text
 from peftkit.tasks import TASKS

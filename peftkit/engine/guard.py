@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peftkit.errors import ResourceError
+from peftkit.guides import MEMORY
 
 if TYPE_CHECKING:
     from peftkit.engine.data import Data
@@ -68,7 +69,7 @@ def explain_exhaustion(memory_text: Callable[[], str]) -> Iterator[None]:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise ResourceError(memory_text()) from error
+            raise ResourceError(memory_text(), guide=MEMORY) from error
         if is_disk_full(error):
             raise ResourceError(f"the disk is full: {_file_of(error)} could not be written; make room there") from error
         if isinstance(error, OSError) and error.errno in _REFUSED:

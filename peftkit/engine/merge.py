@@ -28,6 +28,7 @@ from peftkit.engine.parity import check_renderings
 from peftkit.engine.quantized import compute_in_float32
 from peftkit.errors import CertificateError, LoadError, RecipeError
 from peftkit.exports.llama_cpp import name_added_tokens
+from peftkit.guides import CERTIFIED_MERGE
 from peftkit.methods import METHODS
 from peftkit.recipe.quantization import Quantization, stored_quantization, why_not_plain
 from peftkit.run import new_folder
@@ -252,5 +253,6 @@ def require(difference: float, allowed: float, what: str, whose: str = "the adap
     if not difference <= allowed:
         raise CertificateError(
             f"the {what} model's logits differ from {whose} by up to {difference:.3g} (allowed {allowed:.3g}); "
-            "nothing was written"
+            "nothing was written",
+            guide=CERTIFIED_MERGE,
         )

@@ -15,6 +15,7 @@ from peftkit.engine.facts import read_facts
 from peftkit.engine.model import read_tokenizer
 from peftkit.errors import CertificateError
 from peftkit.formats.base import RowError
+from peftkit.guides import TEMPLATE_PARITY
 from peftkit.run import write_json
 from peftkit.tasks import TASKS
 from peftkit.tasks.chat import freeze_date
@@ -65,14 +66,15 @@ def _compare(number: int, expected: Mapping[str, Any], runtime: Runtime, folder:
         found = runtime.rendering(expected["row"])
     except RowError as error:
         raise CertificateError(
-            f"{folder / RENDERINGS}: row {number} of training cannot be rendered any more: {error}"
+            f"{folder / RENDERINGS}: row {number} of training cannot be rendered any more: {error}", guide=TEMPLATE_PARITY
         ) from error
     for name in ("text", "generation_prompt", "input_ids"):
         if found.get(name) != expected.get(name):
             raise CertificateError(
                 f"{folder / RENDERINGS}: row {number} of training gives another `{name}` than in training: "
                 f"{_difference(expected.get(name), found.get(name))}. The chat template, the tokenizer or a library has "
-                "changed: the adapter would be asked with other tokens than it has learned from"
+                "changed: the adapter would be asked with other tokens than it has learned from",
+                guide=TEMPLATE_PARITY,
             )
 
 

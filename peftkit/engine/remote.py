@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from peftkit.engine.readers import DataFile, Numbered, read_file
 from peftkit.errors import DataError, LoadError
 from peftkit.hub import Repo, reason, require
+from peftkit.reading.files import DataFile, Numbered, read_file
 from peftkit.recipe.paths import is_data_file, missing_package, saved_splits, shown_url, url_name
 from peftkit.recipe.schema import SourceSection
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkit import guides
 from peftkit.engine.sources import Numbered, mixed, read_rows, sound_rows
 from peftkit.errors import DataError
 from peftkit.formats import FORMATS, detect_format
@@ -141,7 +142,8 @@ def choose_format(source: SourceSection, row: Mapping[str, Any], task: Task) -> 
         formats = "; ".join(f"{name}: {FORMATS[name].summary}" for name in readable)
         raise DataError(
             f"`{source.path}` has {columns_text(row)}: {found}, and {task.name} cannot learn from that. "
-            f"Name the format or rename with `columns`. {task.name} reads {formats}"
+            f"Name the format or rename with `columns`. {task.name} reads {formats}",
+            guide=guides.FORMATS,
         )
     return item
 

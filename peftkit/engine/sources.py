@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from peftkit.engine.audit import BadRows
-from peftkit.engine.json_rows import RowOrError
-from peftkit.engine.readers import DataFile, Numbered, read_file
 from peftkit.engine.remote import hub_fingerprint, hub_rows, saved_folder, saved_rows, url_rows, url_versions
 from peftkit.errors import DataError
-from peftkit.formats.base import RowError, columns_text
+from peftkit.formats.base import RowError
+from peftkit.reading.columns import computed_columns
+from peftkit.reading.files import DataFile, Numbered, local_file, read_file
+from peftkit.reading.json_rows import RowOrError
 from peftkit.recipe.paths import find_files, find_path, places_text, shown_url, source_kind
 from peftkit.recipe.schema import SourceSection
-from peftkit.recipe.templates import compile_template
 
-__all__ = ["Numbered", "computed_columns", "content_fingerprint", "mixed", "read_rows", "sound_rows"]
+__all__ = ["Numbered", "content_fingerprint", "mixed", "read_rows", "sound_rows"]
 
 T = TypeVar("T")
 _CHUNK = 2**20
@@ -98,62 +98,7 @@ def _local_files(source: SourceSection, recipe_dir: Path) -> list[DataFile]:
     files = find_files(source.path, recipe_dir)
     if not files:
         raise DataError(f"there is no data file at `{source.path}` (looked in {places_text(recipe_dir)})")
-    return [DataFile(str(path), path.name, lambda path=path: path.open("rb")) for path in files]  # type: ignore[misc]
-
-
-def computed_columns(
-    row: Mapping[str, Any], columns: Mapping[str, str], template: Mapping[str, str], *, partial: bool = False
-) -> dict[str, Any]:
-    """A row with its columns renamed and those added that templates make of them.
-
-    Args:
-        row: a raw row.
-        columns: our name -> the name in the row; dots lead inwards unless a column has that very name.
-        template: our name -> Jinja text over the row and the renamed columns.
-        partial: whether columns that are not there are left out (inference), with the templates that need them.
-
-    Raises:
-        RowError: a column is not there, or a template fails.
-    """
-    renamed = dict(row)
-    for ours, theirs in columns.items():
-        try:
-            renamed[ours] = _value_at(row, theirs)
-        except RowError:
-            if not partial:
-                raise
-    filled = {name: _filled(name, text, renamed, partial) for name, text in template.items()}
-    return renamed | {name: text for name, text in filled.items() if text is not None}
-
-
-def _value_at(row: Mapping[str, Any], name: str) -> Any:
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            at = f" (nothing is at `{part}`)" if "." in name else ""
-            raise RowError(f"no column `{name}`{at} (from `columns`); the row has {columns_text(row)}")
-    return value
-
-
-def _filled(name: str, text: str, row: Mapping[str, Any], partial: bool) -> str | None:
-    """The text that a template gives for a row; None where `partial` allows a column to be missing."""
-    from jinja2 import UndefinedError
-
-    template = compile_template(text)
-    try:
-        return template.render(row)
-    except UndefinedError as error:
-        if partial:
-            return None
-        raise RowError(f"template `{name}`: {error.message}; the row has {columns_text(row)}") from error
-    except Exception as error:  # a template computes: it can raise anything
-        raise RowError(f"template `{name}` fails: {type(error).__name__}: {error}") from error
+    return [local_file(path) for path in files]
 
 
 def mixed(

@@ -50,6 +50,7 @@ from peftkit.engine.signals import StopSignal
 from peftkit.engine.spikes import note_spike
 from peftkit.engine.step import Step
 from peftkit.errors import NonFiniteError
+from peftkit.guides import ODD_STEPS
 from peftkit.plan import Plan, num_steps, steps_per_epoch
 from peftkit.run import Run
 from peftkit.stop import stopped
@@ -318,7 +319,8 @@ class Trainer:
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint before it"
         raise NonFiniteError(
             f"step {step}: {what} is {value}. Rows of the batch:\n  {names}\n{kept}. "
-            "A lower training.learning_rate, a max_grad_norm, warmup_steps or bf16 instead of fp16 often mends it."
+            "A lower training.learning_rate, a max_grad_norm, warmup_steps or bf16 instead of fp16 often mends it.",
+            guide=ODD_STEPS,
         )
 
     @property

@@ -13,6 +13,7 @@ from peftkit.errors import Problem, RecipeError
 from peftkit.exports import EXPORTS
 from peftkit.exports.base import Exporter, Finding
 from peftkit.exports.subject import Subject
+from peftkit.guides import LINT
 from peftkit.recipe.load import did_you_mean
 from peftkit.recipe.yaml_file import parse_scalar
 from peftkit.run import Run
@@ -72,7 +73,7 @@ def refuse(jobs: Sequence[Job]) -> None:
     """
     problems = [Problem("", job.exporter.name, str(item)) for job in jobs for item in job.findings if item.refuses]
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(problems, guide=LINT)
 
 
 def require_new(jobs: Sequence[Job]) -> None:

@@ -35,13 +35,18 @@ _KINDS = {"decoder": "decoders", "encoder": "encoders", "encoder-decoder": "enco
 
 def read_config(recipe: Recipe, recipe_dir: Path) -> Mapping[str, Any]:
     """The model's config.json where it is a local folder with a sound one, with the recipe's overrides; else empty."""
-    folder = find_model(recipe.model.name_or_path, recipe_dir)
+    config = config_of(recipe.model.name_or_path, recipe_dir)
+    return config | recipe.model.config_overrides if config else {}
+
+
+def config_of(model: str, recipe_dir: Path) -> dict[str, Any]:
+    """The config.json of a model that is a local folder with a sound one; else empty."""
+    folder = find_model(model, recipe_dir)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
     except (OSError, ValueError):
         return {}  # another rule says what is wrong with it
-    is_sound = isinstance(config, dict) and isinstance(config.get("model_type"), str)
-    return config | recipe.model.config_overrides if is_sound else {}
+    return config if isinstance(config, dict) and isinstance(config.get("model_type"), str) else {}
 
 
 def model_kind(config: Mapping[str, Any]) -> ModelKind | None:
@@ -57,10 +62,9 @@ def model_kind(config: Mapping[str, Any]) -> ModelKind | None:
 
 def check_fit(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
     """Findings (key, sentence, exit code): what the method, the task and the model cannot do together."""
-    method, kind = METHODS[recipe.adapter.method], model_kind(config)
-    if kind is not None and (what := _task_needs(recipe.task, kind)):
-        others = ", ".join(task for task in EVERY_TASK if not _task_needs(task, kind))
-        yield "task", f"{recipe.task} {what}; `{config['model_type']}` models are {_KINDS[kind]}, good for {others}", 2
+    method = METHODS[recipe.adapter.method]
+    if wrong := why_not_task(recipe.task, config):
+        yield "task", wrong, 2
         return
     if reason := why_not(method, recipe.task, config):
         yield "adapter.method", f"{reason}. These do: {', '.join(methods_for(recipe.task, config))}", 2
@@ -75,6 +79,15 @@ def check_fit(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "training.gradient_checkpointing", f"cannot be used with `{method.name}`: {why}", 2
     if recipe.training.torch_compile and (why := method.why_not_compiled):
         yield "training.torch_compile", f"cannot be used with `{method.name}`: {why}", 2
+
+
+def why_not_task(task: str, config: Mapping[str, Any]) -> str:
+    """Why a model cannot do a task; empty where it can, or where its config does not tell."""
+    kind = model_kind(config)
+    if kind is None or not (what := _task_needs(task, kind)):
+        return ""
+    others = ", ".join(other for other in EVERY_TASK if not _task_needs(other, kind))
+    return f"{task} {what}; `{config['model_type']}` models are {_KINDS[kind]}, good for {others}"
 
 
 def _task_needs(task: str, kind: ModelKind) -> str:

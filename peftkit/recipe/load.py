@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from peftkit.errors import Problem, RecipeError
+from peftkit.guides import section_of
 from peftkit.methods import METHODS
 from peftkit.recipe.rules import check_rules
 from peftkit.recipe.schema import Recipe
@@ -59,7 +60,7 @@ class LoadedRecipe:
 
     def problem(self, key: str, what: str, exit_code: int = 2) -> Problem:
         """A problem of this recipe, with its place in the file."""
-        return Problem(_place(self.places, _key(key)), key, what, exit_code)
+        return Problem(_place(self.places, _key(key)), key, what, exit_code, section_of(key))
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
@@ -68,16 +69,19 @@ class LoadedRecipe:
             yield
         except RecipeError as error:
             found = [p if p.where or not p.key else self.problem(p.key, p.what, p.exit_code) for p in error.problems]
-            raise RecipeError(found) from error
+            raise RecipeError(found, guide=error.guide) from error
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool = True) -> LoadedRecipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, needs_data: bool = True, checks_rules: bool = True
+) -> LoadedRecipe:
     """Read, override and validate a recipe, without torch.
 
     Args:
         path: the YAML file; `recipes/...` may be one that comes with peftkit.
         overrides: `a.b=value` texts; values are read as YAML.
         needs_data: whether a recipe without `data` is a problem.
+        checks_rules: whether its keys must go together, and its files be there.
 
     Raises:
         RecipeError: with every problem found, each with its place and key.
@@ -98,7 +102,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, needs_data: bool =
     if recipe.name is None:
         recipe = recipe.model_copy(update={"name": re.sub(r"[^\w.\-]+", "-", path.stem)})
     loaded = LoadedRecipe(recipe, path, path.read_text(encoding="utf-8-sig"), tuple(overrides), places)
-    findings = check_rules(recipe, path.parent, needs_data)
+    findings = check_rules(recipe, path.parent, needs_data) if checks_rules else ()
     problems += [loaded.problem(_as_written(key, data), what, code) for key, what, code in findings]
     if problems:
         raise RecipeError(problems)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from peftkit.methods import METHODS
 from peftkit.recipe.data_rules import check_data
 from peftkit.recipe.findings import Finding, written
-from peftkit.recipe.fit import check_fit, read_config
+from peftkit.recipe.fit import check_fit, config_of, read_config, why_not_task
 from peftkit.recipe.generation_rules import check_generation
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_adapter, find_model, find_path, looks_local, places_text, same_model
 from peftkit.recipe.schema import Recipe
@@ -148,6 +148,12 @@ def _model(recipe: Recipe, recipe_dir: Path) -> Iterator[Finding]:
         yield "model.use_safetensors", "has no effect with `init: random`: no weights are loaded", 2
     if model.init == "random" and METHODS[recipe.adapter.method].trains_output:
         yield "adapter.method", "a head on a base of random weights learns nothing; use `init: pretrained` or `method: full`", 2
+
+
+def model_problem(name: str, task: str, recipe_dir: Path) -> str:
+    """Why a task cannot begin with this model, as far as that is known without the hub; empty where it can."""
+    places = [what for _, what, _ in _model_place(name, recipe_dir)]
+    return places[0] if places else why_not_task(task, config_of(name, recipe_dir))
 
 
 def _model_place(name: str, recipe_dir: Path) -> Iterator[Finding]:

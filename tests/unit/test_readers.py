@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow
 import pytest
 
-from peftkit.engine.readers import BATCH_ROWS, DataFile, read_file
 from peftkit.engine.sources import read_rows, sound_rows
 from peftkit.errors import DataError
 from peftkit.formats.base import RowError
+from peftkit.reading.files import BATCH_ROWS, DataFile, read_file
 from peftkit.recipe.paths import FILE_SUFFIXES
 from peftkit.recipe.schema import SourceSection
 from peftkit.tasks import TASKS

@@ -18,9 +18,10 @@ import fsspec
 import pytest
 
 from peftkit.engine.remote import hub_rows
-from peftkit.engine.sources import computed_columns, content_fingerprint, mixed, read_rows, sound_rows
+from peftkit.engine.sources import content_fingerprint, mixed, read_rows, sound_rows
 from peftkit.errors import DataError
 from peftkit.formats.base import RowError
+from peftkit.reading.columns import computed_columns
 from peftkit.recipe.paths import shown_url
 from peftkit.recipe.schema import SourceSection
 from tests.conftest import write_jsonl

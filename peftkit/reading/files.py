@@ -12,11 +12,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
-from peftkit.engine.json_rows import RowOrError, read_document, read_lines, text_fault
 from peftkit.errors import DataError
 from peftkit.formats.base import RowError
+from peftkit.reading.json_rows import RowOrError, read_document, read_lines, text_fault
 from peftkit.recipe.paths import CONLL_SUFFIXES, FILE_SUFFIXES, compression_of, data_suffix
 
 Numbered = tuple[str, RowOrError]
@@ -42,6 +43,11 @@ class DataFile:
     shown: str
     name: str
     open: Callable[[], IO[bytes]]
+
+
+def local_file(path: Path) -> DataFile:
+    """A file on this machine."""
+    return DataFile(str(path), path.name, lambda: path.open("rb"))
 
 
 def read_file(file: DataFile) -> Iterator[Numbered]:
