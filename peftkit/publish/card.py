@@ -131,10 +131,10 @@ def _metrics(found: Published) -> Iterator[tuple[str, str, float, float | None]]
 
 
 def _head_options(found: Published) -> str:
-    """What the base's class must be told for its head to have the size of the trained one."""
+    """What the base's class must be told for its head to have the size of the trained one, and to name its classes."""
     encoding = mapping(found.facts.get("encoding"))
     labels = encoding.get("labels") or []
-    options = [f"num_labels={len(labels)}"] if found.task.has_labels and labels else []
+    options = [f"id2label=dict(enumerate({labels!r}))"] if found.task.has_labels and labels else []
     if found.task.has_labels and not labels and encoding.get("problem_type"):
         options.append("num_labels=1")
     if encoding.get("problem_type"):
