@@ -97,7 +97,7 @@ def load_recipe(
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         problems += _translate(error, data, places)
-        problems += _missing_files(data, problems, places, path.parent)
+        problems += [*_missing_files(data, problems, places, path.parent), *_of_another_tool(data, path)]
         raise RecipeError(problems) from None
     if recipe.name is None:
         recipe = recipe.model_copy(update={"name": re.sub(r"[^\w.\-]+", "-", path.stem)})
@@ -125,6 +125,15 @@ def _missing_files(data: Any, known: Sequence[Problem], places: Mapping[Key, str
         findings += [finding for finding in check_rules(recipe, recipe_dir, False) if finding[2] != RecipeError.exit_code]
     named = [(_as_written(key, data), what, code) for key, what, code in findings]
     return [Problem(_place(places, _key(key)), key, what, code) for key, what, code in named]
+
+
+def _of_another_tool(data: Any, path: Path) -> Iterator[Problem]:
+    """The way out for a file that was not meant as a recipe."""
+    from peftkit.recipe.foreign import FOREIGN_KEYS
+
+    if "task" not in data and len(FOREIGN_KEYS.keys() & data.keys()) > 1:
+        what = f"if it is a configuration of LLaMA-Factory, axolotl or TRL: `peftkit migrate {path}` makes a recipe of it"
+        yield Problem(str(path), "", what)
 
 
 def _key(dotted: str) -> Key:

@@ -385,3 +385,9 @@ def test_the_resolved_recipe_has_absolute_paths_in_lists_and_is_valid(
     assert data is not None
     assert [source.path for source in data.train] == [f"{tmp_path}/train.jsonl", f"{tmp_path}/*.jsonl", url, "owner/name"]
     assert yaml.safe_load(text)["data"]["validation"]["path"] == f"{tmp_path}/other.jsonl"
+
+
+def test_a_configuration_of_another_tool_is_told_the_command_that_turns_it_into_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text("model_name_or_path: x/y\nfinetuning_type: lora\ndataset: identity\n")
+    with pytest.raises(RecipeError, match=r"`peftkit migrate .*sft\.yaml` makes a recipe of it"):
+        load_recipe(tmp_path / "sft.yaml")
