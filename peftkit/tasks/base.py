@@ -50,6 +50,7 @@ class Task:
             Raises RowError where the rows do not go together.
         idle_keys: recipe keys that have no effect under these settings, each with the reason.
         metrics_under: those of the metrics that there are under these settings.
+        peft_type: the task type that PEFT knows it as, where that is not its name.
         only_hidden_states: whether a pooler of the base model, trained or not, is of no use to it.
         encoder_auto_class: the class for models with encoder and decoder, where only their encoder is of use.
     """
@@ -76,7 +77,13 @@ class Task:
     idle_keys: Callable[[Encoding], Mapping[str, str]] = lambda settings: {}
     metrics_under: Callable[[Encoding], tuple[str, ...]] | None = None
     encoder_auto_class: str = ""
+    peft_type: str = ""
     only_hidden_states: bool = False
+
+    @property
+    def task_type(self) -> str:
+        """What its adapters' configs say to PEFT, which takes no names but its own."""
+        return self.peft_type or self.name
 
     def can_read(self, columns: Sequence[str]) -> bool:
         """Whether a format that yields these canonical columns feeds this task, with none of them left over."""
