@@ -23,6 +23,7 @@ from peftkit.recipe import LoadedRecipe, Recipe
 from peftkit.recipe.yaml_file import read_yaml
 from peftkit.resolved import resolved_yaml
 
+_TIME_LIMIT = re.compile(r"(?m)^  max_seconds:.*\n")
 _LEFTOVER = re.compile(r"\..+\.(old|[0-9a-f]{8})")  # see `write_text` and `new_folder`
 
 
@@ -192,13 +193,14 @@ class Run:
     def changes_of_recipe(self, plan: Plan) -> str:
         """How a plan's recipe differs from the run's, as a diff; empty where it does not.
 
-        `training.micro_batch_size: auto` is decided anew for every machine and number of processes: the result is the same.
+        `training.micro_batch_size: auto` is decided anew for every machine and number of processes, and `training.max_seconds` is
+        for one process: the result is the same.
         """
         old, size = self.resolved_path.read_text(encoding="utf-8"), self.decided_micro_batch()
         if size is not None and plan.decides(MICRO_BATCH):
             plan = dataclasses.replace(plan, micro_batch_size=size)
-        new = resolved_yaml(plan)
-        return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "the run", "this recipe", lineterm="", n=0))
+        before, after = (_TIME_LIMIT.sub("", text).splitlines() for text in (old, resolved_yaml(plan)))
+        return "\n".join(difflib.unified_diff(before, after, "the run", "this recipe", lineterm="", n=0))
 
     def decided_micro_batch(self) -> int | None:
         """What `training.micro_batch_size: auto` became; None where the run's recipe had a number, or there is no run yet."""

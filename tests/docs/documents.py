@@ -62,11 +62,11 @@ def blocks(path: Path) -> Iterator[Block]:
         if line.startswith("```"):
             end = next(place for place in range(number + 1, len(lines)) if lines[place].startswith("```"))
             yield _block(path, line[3:], lines[number + 1 : end], number + 2, before)
-            number = end
+            number, before = end, ""
         elif line.startswith("    ") and not lines[number - 1].strip():
             end = next((place for place in range(number, len(lines)) if not re.match(r"    |\s*$", lines[place])), len(lines))
             yield _block(path, "", [text[4:] for text in lines[number:end]], number + 1, before)
-            number = end - 1
+            number, before = end - 1, ""
         elif line.strip():
             before = line
         number += 1
