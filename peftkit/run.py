@@ -193,8 +193,8 @@ class Run:
     def changes_of_recipe(self, plan: Plan) -> str:
         """How a plan's recipe differs from the run's, as a diff; empty where it does not.
 
-        `training.micro_batch_size: auto` is decided anew for every machine and number of processes, and `training.max_seconds` is
-        for one process: the result is the same.
+        The result is the same for another `training.max_seconds`, which is for one process, and for what becomes of
+        `training.micro_batch_size: auto`, which is decided anew for every machine and number of processes.
         """
         old, size = self.resolved_path.read_text(encoding="utf-8"), self.decided_micro_batch()
         if size is not None and plan.decides(MICRO_BATCH):

@@ -1,6 +1,6 @@
 """The folder that a page's commands run in: every name that the documents use is there, small enough to run in seconds.
 
-A run is trained once a session and copied; files of rows repeat what the page shows of them, or are made here. A page that names a
+A run is trained once and copied; files of rows repeat what the page shows of them, or are made here. A page that names a
 new file or run needs a line of `FILES` or `RUNS`.
 """
 
@@ -98,7 +98,7 @@ def prepare(folder: Path, page: Path, models: Path, made: Callable[[str], Path])
             source = made(kind)
             shutil.copytree(source / "adapter" if name.endswith("/adapter") else source, folder / name)
     for block in blocks(page):
-        names = _NAMED.findall(block.before) if block.before.endswith((":", "：")) else []
+        names = _NAMED.findall(block.before) if block.before.endswith(":") else []
         for number, name in enumerate(names):
             write_shown(folder / name, block, number * _REPEATS)
 

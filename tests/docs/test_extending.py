@@ -48,8 +48,15 @@ def add_to(package: Path) -> None:
 def write_recipes(folder: Path, models: Path) -> None:
     """The recipes that the page names."""
     turns = [{"turns": ["who?", f"tom {number}", "sure?", "yes"]} for number in range(20)]
-    stars = [{"text": row["text"], "label": 5 if row["label"] == "pos" else 1 + number % 3} for number, row in enumerate(label_rows(24))]
-    rows = {"support": ("SEQ_CLS", "bert", label_rows(24)), "stars": ("GRADE", "bert", stars), "talk": ("CAUSAL_LM", "llama", turns)}
+    stars = [
+        {"text": row["text"], "label": 5 if row["label"] == "pos" else 1 + number % 3}
+        for number, row in enumerate(label_rows(24))
+    ]
+    rows = {
+        "support": ("SEQ_CLS", "bert", label_rows(24)),
+        "stars": ("GRADE", "bert", stars),
+        "talk": ("CAUSAL_LM", "llama", turns),
+    }
     for name, (task, model, content) in rows.items():
         recipe = {
             "task": task,

@@ -31,7 +31,9 @@ by_place = {"ids": lambda block: block.place}
 
 def completed(fragment: dict[str, Any]) -> dict[str, Any]:
     """A recipe that a fragment is a part of."""
-    parts = {name: _EVERY_RECIPE.get(name, {}) | value if isinstance(value, dict) else value for name, value in fragment.items()}
+    parts = {
+        name: _EVERY_RECIPE.get(name, {}) | value if isinstance(value, dict) else value for name, value in fragment.items()
+    }
     return _EVERY_RECIPE | parts
 
 
