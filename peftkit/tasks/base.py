@@ -42,6 +42,7 @@ class Task:
         truncations: allowed values of `data.truncation`.
         learns_tokens: whether its labels are tokens, of which a share is learned.
         packs: whether its rows can be laid end to end (`data.packing`).
+        peft_type: the task type that PEFT knows it as, where that is not its name.
         runtime_module: module with `Runtime`, imported when tensors are needed.
         num_outputs: outputs of the head, where rows do not decide on them.
         other_default_metrics: what decides under settings that have not the default metric, in order of preference.
@@ -50,7 +51,6 @@ class Task:
             Raises RowError where the rows do not go together.
         idle_keys: recipe keys that have no effect under these settings, each with the reason.
         metrics_under: those of the metrics that there are under these settings.
-        peft_type: the task type that PEFT knows it as, where that is not its name.
         only_hidden_states: whether a pooler of the base model, trained or not, is of no use to it.
         encoder_auto_class: the class for models with encoder and decoder, where only their encoder is of use.
     """
@@ -77,8 +77,8 @@ class Task:
     idle_keys: Callable[[Encoding], Mapping[str, str]] = lambda settings: {}
     metrics_under: Callable[[Encoding], tuple[str, ...]] | None = None
     encoder_auto_class: str = ""
-    peft_type: str = ""
     only_hidden_states: bool = False
+    peft_type: str = ""
 
     @property
     def task_type(self) -> str:

@@ -52,6 +52,12 @@ FILES: dict[str, Callable[[], Rows]] = {
     "text.jsonl": lambda: _texts(12),
     **{f"{half}_{part}.jsonl": lambda: label_rows(12) for half in ("cards", "accounts") for part in ("test", "dev")},
 }
+# Configurations of other tools, which `migrate` reads.
+CONFIGS = {
+    "llama3_lora_sft.yaml": "model_name_or_path: owner/name\nstage: sft\nfinetuning_type: lora\ndataset: rows.jsonl\n",
+    "config.yml": "base_model: owner/name\nadapter: lora\nlora_r: 8\ndatasets: [{path: rows.jsonl, type: alpaca}]\n",
+    "run_sft.sh": "trl sft --model_name_or_path owner/name --dataset_name rows.jsonl --use_peft\n",
+}
 # Name -> (task, file of its rows).
 RECIPES = {"recipe.yaml": ("CAUSAL_LM", "rows.jsonl"), "banking.yaml": ("SEQ_CLS", "intents.jsonl")}
 # What makes a run, or the folder of a comparison; it is made once.
@@ -90,6 +96,8 @@ def prepare(folder: Path, page: Path, models: Path, made: Callable[[str], Path])
     for name in _FOLDERS:
         (folder / name).symlink_to(ROOT / name)
     write_recipes(folder, models)
+    for name, content in CONFIGS.items():
+        (folder / name).write_text(content, encoding="utf-8")
     if STOPPED in text:
         stop = ("--set", "training.max_seconds=0.001", "--output", folder / STOPPED)
         assert run_cli("train", folder / "recipe.yaml", *stop).code == 75

@@ -31,6 +31,7 @@ from tests.comparing import in_this_process
 from tests.conftest import Result
 from tests.docs.documents import CHINESE, PAGES, ROOT, Command, commands, inline_commands
 from tests.docs.places import MADE, prepare, write_recipes
+from tests.real_configs import MODELS
 from tests.runs import peftkit_process, run_cli
 from tests.stand_ins import put_stand_ins
 
@@ -48,8 +49,8 @@ SHORTER: dict[str, tuple[str, ...]] = {
     "train": _STEPS,
     "compare": ("--seeds", "1", "--budget", "steps", "2", "--jobs", "1"),
     "sweep": ("--budget", "steps", "2", "--jobs", "1"),
+    "push": ("--dry-run", "pushed"),
 }
-_MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct")
 _CHAT = "where is my parcel?\n"  # what is typed where a command begins a chat
 # test_extending.py runs the commands of the one, test_readmes.py holds the other to README.md.
 _ELSEWHERE = {ROOT / "docs" / "extending.md", CHINESE}
@@ -100,10 +101,12 @@ def made(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return folder_of
 
 
-@pytest.fixture(scope="module")
-def hub() -> None:
-    """Stand-ins of the hub's models that the documents name."""
-    put_stand_ins(Path(constants.HF_HOME), _MODELS, ())
+def put_models_of(page: Path) -> None:
+    """Stand-ins of the hub's models that a page names, itself or by a shipped recipe."""
+    text = page.read_text(encoding="utf-8")
+    recipes = [ROOT / name for name in re.findall(r"recipes/\w+\.yaml", text)]
+    text += "".join(path.read_text(encoding="utf-8") for path in recipes if path.is_file())
+    put_stand_ins(Path(constants.HF_HOME), [name for name in MODELS if name in text], ())
 
 
 def serve(words: list[str]) -> Result:
@@ -133,8 +136,8 @@ def run(command: Command) -> Result:
 def masked(line: str) -> str:
     """A line without numbers, spaces and the rules of tables, and of a row of figures its name and width: what is the same for
     another model and other rows."""
-    name, *cells = line.strip("│ ").split("│")
-    line = name + "|" * len(cells) if cells else line
+    if "│" in line:
+        line = line.strip("│ ").partition("│")[0] + "|" * line.count("│")
     return re.sub(r"[+-]?\d[\d,.:e+-]*|[━─┏┓┗┛┡┩└┘╇┻┳┃│]|\s", "", line)
 
 
@@ -148,10 +151,10 @@ def check_shown(command: Command, result: Result) -> None:
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=[page.name for page in RUN_PAGES])
-@pytest.mark.usefixtures("hub")
 def test_every_command_of_a_page_runs_and_prints_what_is_shown(
     page: Path, models_dir: Path, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    put_models_of(page)
     prepare(tmp_path, page, models_dir, made)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")

@@ -16,7 +16,11 @@ from peftkit.recipe.schema import Recipe
 from peftkit.recipe.yaml_file import read_yaml
 from tests.docs.documents import CHINESE, FENCE, PAGES, README, ROOT, Block, blocks, commands
 
-TO_COME = {"architectures.md", "coming_from.md", "everyday.md", "hub.md", "recipes.md"}  # pages that others write
+# What is written beside this and not here yet.
+TO_COME = {
+    "architectures.md", "coming_from.md", "everyday.md", "hub.md", "recipes.md",
+    "causal_lm_bloomz_chinese.yaml", "relation_extraction_zh.yaml",
+}  # fmt: skip
 _EVERY_RECIPE: dict[str, Any] = {
     "task": "CAUSAL_LM",
     "model": {"name_or_path": "owner/name"},
