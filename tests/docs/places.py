@@ -48,13 +48,15 @@ def _texts(count: int) -> Rows:
 FILES: dict[str, Callable[[], Rows]] = {
     "rows.jsonl": lambda: rows_of("CAUSAL_LM", 32),
     "intents.jsonl": lambda: label_rows(24),
+    "reviews.csv": lambda: label_rows(24),
     "text.txt": lambda: _texts(12),
     "text.jsonl": lambda: _texts(12),
     **{f"{half}_{part}.jsonl": lambda: label_rows(12) for half in ("cards", "accounts") for part in ("test", "dev")},
 }
 # Configurations of other tools, which `migrate` reads.
 CONFIGS = {
-    "llama3_lora_sft.yaml": "model_name_or_path: owner/name\nstage: sft\nfinetuning_type: lora\ndataset: rows.jsonl\n",
+    "data/dataset_info.json": '{"mine": {"file_name": "../rows.jsonl"}}',
+    "llama3_lora_sft.yaml": "model_name_or_path: owner/name\nstage: sft\nfinetuning_type: lora\ndataset: mine\n",
     "config.yml": "base_model: owner/name\nadapter: lora\nlora_r: 8\ndatasets: [{path: rows.jsonl, type: alpaca}]\n",
     "run_sft.sh": "trl sft --model_name_or_path owner/name --dataset_name rows.jsonl --use_peft\n",
 }
@@ -71,9 +73,13 @@ STOPPED = "runs/mine"  # a run of recipe.yaml that `--resume` can go on with
 RUNS = {
     "RUN": "chat",
     "runs/my-run": "chat",
+    "runs/one": "chat",
+    "runs/other": "chat",
+    "experiments/one": "chat",
     "runs/support": "chat",
     "runs/sql": "chat",
     "runs/quickstart-20261127-070000": "intents",
+    "runs/quickstart-20261127-120000": "intents",
     "runs/cards": "intents",
     "runs/accounts": "intents",
     "other/adapter": "intents",
@@ -91,20 +97,19 @@ def write_recipes(folder: Path, models: Path) -> None:
 
 
 def prepare(folder: Path, page: Path, models: Path, made: Callable[[str], Path]) -> None:
-    """Put everything that a page's text names into a folder; `made` gives the folder that one of MADE has made."""
-    text = page.read_text(encoding="utf-8")
+    """Put everything that the documents name into a folder; `made` gives the folder that one of MADE has made."""
     for name in _FOLDERS:
         (folder / name).symlink_to(ROOT / name)
     write_recipes(folder, models)
     for name, content in CONFIGS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
-    if STOPPED in text:
+    if STOPPED in page.read_text(encoding="utf-8"):
         stop = ("--set", "training.max_seconds=0.001", "--output", folder / STOPPED)
         assert run_cli("train", folder / "recipe.yaml", *stop).code == 75
     for name, kind in RUNS.items():
-        if re.search(rf"(?<![\w/]){re.escape(name)}(?![\w/])", text):
-            source = made(kind)
-            shutil.copytree(source / "adapter" if name.endswith("/adapter") else source, folder / name)
+        source = made(kind)
+        shutil.copytree(source / "adapter" if name.endswith("/adapter") else source, folder / name)
     for block in blocks(page):
         names = _NAMED.findall(block.before) if block.before.endswith(":") else []
         for number, name in enumerate(names):

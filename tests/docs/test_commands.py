@@ -40,6 +40,8 @@ NOT_RUN = {
     "peftkit train * --processes *": "starts processes: tests/engine/test_launched_runs.py does",
     "peftkit train * --launch *": "starts processes: tests/engine/test_sharded.py does, with every file of configs/",
     "peftkit evaluate * --harness *": "its tasks come from the hub",
+    "peftkit push * --private": "writes to the hub",
+    "peftkit doctor*": "five processes that import torch: 17 s",
 }
 # Commands that the documents know and this program does not have yet.
 COMING = {"doctor", "runs", "diff", "migrate", "push"} - {command.__name__ for command in COMMANDS}
@@ -49,7 +51,9 @@ SHORTER: dict[str, tuple[str, ...]] = {
     "train": _STEPS,
     "compare": ("--seeds", "1", "--budget", "steps", "2", "--jobs", "1"),
     "sweep": ("--budget", "steps", "2", "--jobs", "1"),
-    "push": ("--dry-run", "pushed"),
+    "init": ("--force",),
+    "migrate": ("--force",),
+    "push": ("--base", "owner/name"),
 }
 _CHAT = "where is my parcel?\n"  # what is typed where a command begins a chat
 # test_extending.py runs the commands of the one, test_readmes.py holds the other to README.md.
@@ -159,7 +163,7 @@ def test_every_command_of_a_page_runs_and_prints_what_is_shown(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
     for command in commands(page):
-        if command.words[0] not in COMING and not why_not_run(command.line):
+        if command.words[0] not in COMING and not command.words[0].startswith("-") and not why_not_run(command.line):
             result = run(command)
             is_refusal = any("error (exit" in line or re.match(r"\S+\.yaml:\d+: ", line) for line in command.shown)
             assert (result.code == 0) != is_refusal, f"{command.place}: {command.line}\n{result.out}{result.err}"
@@ -170,7 +174,7 @@ def test_every_command_line_is_read_by_the_program() -> None:
     program: Any = typer.main.get_command(app)
     for command in [command for page in PAGES for command in commands(page)]:
         name, *words = command.words
-        if name not in COMING and not command.place.startswith("extending.md"):
+        if name not in COMING and not name.startswith("-") and not command.place.startswith("extending.md"):
             assert name in program.commands, f"{command.place}: there is no command {name}"
             program.commands[name].make_context(name, list(words))  # raises where an option or a value is not known
 
@@ -185,10 +189,11 @@ def test_commands_within_sentences_have_options_that_there_are() -> None:
                 unknown = {word for word in words if word.startswith("--")} - known
                 assert not unknown, f"{page.name}: {line}"
             else:
-                assert name in COMING or name.startswith("-"), f"{page.name}: {line}"
+                begins = any(whole.startswith(name) for whole in (*program.commands, *COMING, "--"))
+                assert begins or name.startswith("-"), f"{page.name}: {line}"
 
 
 def test_every_exception_is_still_needed() -> None:
     lines = [command.line for page in RUN_PAGES for command in commands(page)]
     idle = [pattern for pattern in NOT_RUN if not any(fnmatchcase(line, pattern) for line in lines)]
-    assert not idle
+    assert all(pattern.split()[1].rstrip("*") in COMING for pattern in idle), idle
