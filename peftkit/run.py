@@ -193,8 +193,7 @@ class Run:
     def changes_of_recipe(self, plan: Plan) -> str:
         """How a plan's recipe differs from the run's, as a diff; empty where it does not.
 
-        The result is the same for another `training.max_seconds`, which is for one process, and for what becomes of
-        `training.micro_batch_size: auto`, which is decided anew for every machine and number of processes.
+        Another time limit, and what a machine makes of `training.micro_batch_size: auto`, leave the result as it is.
         """
         old, size = self.resolved_path.read_text(encoding="utf-8"), self.decided_micro_batch()
         if size is not None and plan.decides(MICRO_BATCH):
