@@ -23,7 +23,6 @@ from peftkit.recipe import LoadedRecipe, Recipe
 from peftkit.recipe.yaml_file import read_yaml
 from peftkit.resolved import resolved_yaml
 
-_TIME_LIMIT = re.compile(r"(?m)^  max_seconds:.*\n")
 _LEFTOVER = re.compile(r"\..+\.(old|[0-9a-f]{8})")  # see `write_text` and `new_folder`
 
 
@@ -198,7 +197,7 @@ class Run:
         old, size = self.resolved_path.read_text(encoding="utf-8"), self.decided_micro_batch()
         if size is not None and plan.decides(MICRO_BATCH):
             plan = dataclasses.replace(plan, micro_batch_size=size)
-        before, after = (_TIME_LIMIT.sub("", text).splitlines() for text in (old, resolved_yaml(plan)))
+        before, after = (re.sub(r"(?m)^  max_seconds:.*\n", "", text).splitlines() for text in (old, resolved_yaml(plan)))
         return "\n".join(difflib.unified_diff(before, after, "the run", "this recipe", lineterm="", n=0))
 
     def decided_micro_batch(self) -> int | None:
