@@ -192,13 +192,13 @@ class Run:
     def changes_of_recipe(self, plan: Plan) -> str:
         """How a plan's recipe differs from the run's, as a diff; empty where it does not.
 
-        `training.micro_batch_size: auto` is decided anew for every machine and number of processes: the result is the same.
+        Another time limit, and what a machine makes of `training.micro_batch_size: auto`, leave the result as it is.
         """
         old, size = self.resolved_path.read_text(encoding="utf-8"), self.decided_micro_batch()
         if size is not None and plan.decides(MICRO_BATCH):
             plan = dataclasses.replace(plan, micro_batch_size=size)
-        new = resolved_yaml(plan)
-        return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "the run", "this recipe", lineterm="", n=0))
+        before, after = (re.sub(r"(?m)^  max_seconds:.*\n", "", text).splitlines() for text in (old, resolved_yaml(plan)))
+        return "\n".join(difflib.unified_diff(before, after, "the run", "this recipe", lineterm="", n=0))
 
     def decided_micro_batch(self) -> int | None:
         """What `training.micro_batch_size: auto` became; None where the run's recipe had a number, or there is no run yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from peftkit import console
@@ -91,7 +92,8 @@ def print_plan(result: dict[str, Any]) -> None:
     if result["classes"]:
         console.print_table("classes in train", ["class", "rows"], list(result["classes"].items()))
     if result["targets"]:
-        console.print_table(f"targets ({result['targets_reason']})", ["entry", "modules"], list(result["targets"].items()))
+        targets = over_layers(result["targets"])
+        console.print_table(f"targets ({result['targets_reason']})", ["entry", "modules"], list(targets.items()))
     if result["saved_modules"]:
         console.print_text(f"trained and saved whole: {', '.join(result['saved_modules'])}")
     _print_memory(result)
@@ -99,6 +101,14 @@ def print_plan(result: dict[str, Any]) -> None:
     console.print_wide_table("decided here", ["key", "value", "why"], choices)
     for note in result["notes"]:
         console.print_text(f"note: {note}")
+
+
+def over_layers(targets: dict[str, int]) -> dict[str, int]:
+    """Entries that differ in the numbers of layers alone as one: `layer.*.query` for `layer.0.query`, `layer.1.query`, ..."""
+    names: dict[str, list[str]] = {}
+    for entry in targets:
+        names.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", entry), []).append(entry)
+    return {name if len(found) > 1 else found[0]: sum(targets[entry] for entry in found) for name, found in names.items()}
 
 
 def _print_memory(result: dict[str, Any]) -> None:

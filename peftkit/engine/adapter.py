@@ -223,7 +223,9 @@ def peft_config(model: PreTrainedModel, whole: Sequence[str], context: Context) 
         ours |= fill(section, model, context)
     if context.shapes_only and plan.method.changes_base(section):
         ours["init_lora_weights"] = True
-    return config_class(task_type=plan.task.name, **(fields | {name: value for name, value in ours.items() if name in known}))
+    return config_class(
+        task_type=plan.task.task_type, **(fields | {name: value for name, value in ours.items() if name in known})
+    )
 
 
 def _prompt_shape(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _MOST_ROWS = 8
 _LOSS, _NORM = (10.0, 1.5, 0.1), (20.0, 3.0, 0.0)
 
 
-def note_spike(progress: Progress, loss: float, grad_norm: float, rows: Sequence[Example]) -> str:
+def note_spike(progress: Progress, loss: float, grad_norm: float, rows: Sequence[Example], batch_size: int) -> str:
     """Look at a step, and remember it; what to say where it is the first odd one of a series, else an empty text.
 
     Args:
@@ -25,8 +25,10 @@ def note_spike(progress: Progress, loss: float, grad_norm: float, rows: Sequence
         loss: of the step, over all processes.
         grad_norm: before clipping; a step that was skipped has none that is finite, and is left out.
         rows: of the step.
+        batch_size: rows of a whole step. The last one of an epoch may have a few alone, whose loss and norm scatter more: it is
+            left out below half of them.
     """
-    if not math.isfinite(grad_norm):
+    if not math.isfinite(grad_norm) or 2 * len(rows) < batch_size:
         return ""
     losses, norms = [step[0] for step in progress.recent], [step[1] for step in progress.recent]
     odd = _is_odd(loss, losses, _LOSS), _is_odd(grad_norm, norms, _NORM)

@@ -30,6 +30,7 @@ from peftkit.methods import METHODS
 from peftkit.methods.base import Method
 from peftkit.plan import Plan
 from peftkit.run import new_folder, write_json
+from peftkit.tasks import TASKS
 
 HEAD = "head.safetensors"  # trained tensors of the base model that the PEFT config has no field for
 SETTINGS = "adapter_settings"  # where a model with layers of ours keeps the section that they were made from
@@ -85,7 +86,8 @@ def _save_peft(folder: Path, model: PeftModel, facts: AdapterFacts, initial: dic
     state = own_state(model) if own_state else None
     state = adapter_state(model) if state is None else state
     config = model.active_peft_config.to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": facts.base, "task_type": facts.task}
+    config |= {"inference_mode": True, "base_model_name_or_path": facts.base}
+    config["task_type"] = TASKS[facts.task].task_type
     if stored := hook(method, "stored_fields"):
         config |= stored(config)
     if initial:

@@ -210,7 +210,7 @@ class Trainer:
         progress.loss_sum += loss * num_targets
         progress.loss_targets += num_targets
         progress.rows = rows_digest(rows, progress.rows)
-        if odd := note_spike(progress, loss, grad_norm, rows):
+        if odd := note_spike(progress, loss, grad_norm, rows, self.plan.recipe.training.batch_size):
             self.reporter.note(odd)
         self.reporter.advance(progress.step)
         self.journal.step(progress, learning_rate, grad_norm)

@@ -215,6 +215,8 @@ def _header_fault(header: Sequence[str]) -> str | None:
     for name in header:
         if fault := text_fault(name):
             return f"the header {fault}"
+    if len(header) == 1 and (other := next((sign for sign in ";\t|" if sign in header[0]), None)):
+        return f"the header has {other!r} between its names; a .csv file has commas there, a .tsv file tabs"
     twice = [name for name in header if header.count(name) > 1]
     return f"the header names `{twice[0]}` twice; every column needs a name of its own" if twice else None
 

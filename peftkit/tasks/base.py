@@ -43,6 +43,7 @@ class Task:
         truncations: allowed values of `data.truncation`.
         learns_tokens: whether its labels are tokens, of which a share is learned.
         packs: whether its rows can be laid end to end (`data.packing`).
+        peft_type: the task type that PEFT knows it as, where that is not its name.
         runtime_module: module with `Runtime`, imported when tensors are needed.
         num_outputs: outputs of the head, where rows do not decide on them.
         other_default_metrics: what decides under settings that have not the default metric, in order of preference.
@@ -81,6 +82,12 @@ class Task:
     encoder_auto_class: str = ""
     plain_note: str = ""
     only_hidden_states: bool = False
+    peft_type: str = ""
+
+    @property
+    def task_type(self) -> str:
+        """What its adapters' configs say to PEFT, which takes no names but its own."""
+        return self.peft_type or self.name
 
     def can_read(self, columns: Sequence[str]) -> bool:
         """Whether a format that yields these canonical columns feeds this task, with none of them left over."""

@@ -1,4 +1,4 @@
-"""The examples of docs/data.md and README.md are real ones: every recipe snippet with `data` goes through `peftkit data`.
+"""The examples of docs/data.md are real ones: every recipe snippet with `data` goes through `peftkit data`.
 
 The rows of a snippet are those of the ```json and ```jsonl blocks between it and the last snippet or heading, written to the
 files that it names, in order; where it names more files than there are blocks, the rest get the last block's rows.
@@ -6,8 +6,6 @@ files that it names, in order; where it names more files than there are blocks, 
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import re
 import shutil
@@ -22,7 +20,8 @@ import yaml
 from peftkit.formats import FORMATS, detect_format
 from peftkit.recipe.schema import DataSection, SourceSection
 from peftkit.tasks import TASKS
-from tests.conftest import Result, bert_like_tokenizer, tiny_tokenizer, write_jsonl
+from tests.conftest import Result, bert_like_tokenizer, tiny_tokenizer
+from tests.docs.places import numbered, write_rows
 from tests.templates import THINK, template_tokenizer
 from tests.unit.test_foreign_layouts import AXOLOTL, Layout
 
@@ -57,7 +56,7 @@ def snippets(path: Path) -> Iterator[Snippet]:
             rows = []
 
 
-SNIPPETS = [snippet for path in (GUIDE, ROOT / "README.md") for snippet in snippets(path)]
+SNIPPETS = list(snippets(GUIDE))
 
 
 @pytest.fixture(scope="module")
@@ -83,35 +82,6 @@ def paths_of(data: dict[str, Any]) -> Iterator[str]:
         for source in value if isinstance(value, list) else [value]:
             if isinstance(source, str | dict):
                 yield source if isinstance(source, str) else source["path"]
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Rows in the kind of file that its name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.name.endswith(".csv"):
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.name.endswith(".parquet"):
-        from pyarrow import Table, parquet
-
-        parquet.write_table(Table.from_pylist(rows), path)
-    elif path.name.endswith(".jsonl.gz"):
-        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    else:
-        assert path.suffix == ".jsonl", f"the test cannot write {path.name}"
-        write_jsonl(path, rows)
-
-
-def numbered(row: Row, number: int) -> Row:
-    """The row made distinct by a number after its first text, if it has one."""
-    name = next((name for name, value in row.items() if isinstance(value, str)), None)
-    return row if name is None else row | {name: f"{row[name]} {number}"}
-
-
-def test_the_documents_have_snippets_of_every_kind() -> None:
-    assert {snippet.place.partition(":")[0] for snippet in SNIPPETS} == {"data.md", "README.md"}
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.place for snippet in SNIPPETS])

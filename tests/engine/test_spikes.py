@@ -35,7 +35,7 @@ def notes(steps: list[tuple[float, float]], progress: Progress | None = None) ->
     said = []
     for loss, norm in steps:
         progress.step += 1
-        said.append(note_spike(progress, loss, norm, ROWS))
+        said.append(note_spike(progress, loss, norm, ROWS, len(ROWS)))
     return said
 
 
@@ -65,6 +65,13 @@ def test_an_odd_step_is_told_with_its_rows(odd: tuple[float, float]) -> None:
 )
 def test_what_is_usual_is_not_told(steps: list[tuple[float, float]]) -> None:
     assert not any(notes(steps))
+
+
+def test_a_last_step_of_a_few_rows_is_left_out() -> None:
+    progress = Progress()
+    notes(USUAL, progress)
+    assert note_spike(progress, 9.0, 30.0, ROWS[:5], 11) == ""
+    assert note_spike(progress, 9.0, 30.0, ROWS[:6], 11) != ""
 
 
 def test_a_series_of_odd_steps_is_told_once() -> None:

@@ -231,6 +231,7 @@ FILES = [
     _read("row with a column less", CLS, "short.csv", b"text,label\na,x\nb\n", "short.csv:3", "1 columns, the header 2"),
     _read("quote never closed", CLS, "open.csv", b'text,label\na,x\n"b,y\nc,z\n', "open.csv:3", "never closed"),
     _read("text after a quote", CLS, "quote.csv", b'text,label\n"a"b,x\n', "quote.csv:2", "not valid CSV"),
+    _read("semicolons in a table", CLS, "semi.csv", b"text;label\na;x\n", "semi.csv:1", "has ';' between its names"),
     _read("column named twice", CLS, "names.csv", b"text,text\na,x\n", "names.csv:1", "`text` twice"),
     _read("tabs missing", CLS, "rows.tsv", b"text\tlabel\na x\n", "rows.tsv:2", "1 columns, the header 2"),
     _read(

@@ -95,6 +95,12 @@ def test_resume_refuses_a_run_that_is_none_has_ended_or_had_another_recipe(
         Run.resume(plan, run.dir)
 
 
+def test_resume_takes_another_time_limit(loaded: LoadedRecipe, load: Load, recipe: dict[str, Any], tmp_path: Path) -> None:
+    limited = make_plan(load(recipe, f"output.dir={tmp_path}/runs", "training.max_seconds=5"), CPU)
+    run = Run.create(loaded, limited, tmp_path / "run")
+    assert Run.resume(make_plan(load(recipe, f"output.dir={tmp_path}/runs"), CPU), run.dir).dir == run.dir
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "status.json"
     write_json(path, {"step": 1})
