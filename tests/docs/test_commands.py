@@ -26,7 +26,7 @@ import pytest
 import typer
 from huggingface_hub import constants
 
-from peftkit.cli import COMMANDS, app
+from peftkit.cli import app
 from tests.comparing import in_this_process
 from tests.conftest import Result
 from tests.docs.documents import CHINESE, PAGES, ROOT, Command, commands, inline_commands
@@ -43,8 +43,6 @@ NOT_RUN = {
     "peftkit push * --private": "writes to the hub",
     "peftkit doctor*": "five processes that import torch: 17 s",
 }
-# Commands that the documents know and this program does not have yet.
-COMING = {"doctor", "runs", "diff", "migrate", "push"} - {command.__name__ for command in COMMANDS}
 _STEPS = ("--set", "training.max_steps=2")
 # What shortens a command; the last of an option counts.
 SHORTER: dict[str, tuple[str, ...]] = {
@@ -163,7 +161,7 @@ def test_every_command_of_a_page_runs_and_prints_what_is_shown(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
     for command in commands(page):
-        if command.words[0] not in COMING and not command.words[0].startswith("-") and not why_not_run(command.line):
+        if not command.words[0].startswith("-") and not why_not_run(command.line):
             result = run(command)
             is_refusal = any("error (exit" in line or re.match(r"\S+\.yaml:\d+: ", line) for line in command.shown)
             assert (result.code == 0) != is_refusal, f"{command.place}: {command.line}\n{result.out}{result.err}"
@@ -174,7 +172,7 @@ def test_every_command_line_is_read_by_the_program() -> None:
     program: Any = typer.main.get_command(app)
     for command in [command for page in PAGES for command in commands(page)]:
         name, *words = command.words
-        if name not in COMING and not name.startswith("-") and not command.place.startswith("extending.md"):
+        if not name.startswith("-") and not command.place.startswith("extending.md"):
             assert name in program.commands, f"{command.place}: there is no command {name}"
             program.commands[name].make_context(name, list(words))  # raises where an option or a value is not known
 
@@ -189,11 +187,11 @@ def test_commands_within_sentences_have_options_that_there_are() -> None:
                 unknown = {word for word in words if word.startswith("--")} - known
                 assert not unknown, f"{page.name}: {line}"
             else:
-                begins = any(whole.startswith(name) for whole in (*program.commands, *COMING, "--"))
+                begins = any(whole.startswith(name) for whole in (*program.commands, "--"))
                 assert begins or name.startswith("-"), f"{page.name}: {line}"
 
 
 def test_every_exception_is_still_needed() -> None:
     lines = [command.line for page in RUN_PAGES for command in commands(page)]
     idle = [pattern for pattern in NOT_RUN if not any(fnmatchcase(line, pattern) for line in lines)]
-    assert all(pattern.split()[1].rstrip("*") in COMING for pattern in idle), idle
+    assert not idle

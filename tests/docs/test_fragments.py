@@ -16,11 +16,6 @@ from peftkit.recipe.schema import Recipe
 from peftkit.recipe.yaml_file import read_yaml
 from tests.docs.documents import CHINESE, FENCE, PAGES, README, ROOT, Block, blocks, commands
 
-# What is written beside this and not here yet.
-TO_COME = {
-    "architectures.md", "coming_from.md", "everyday.md", "hub.md", "recipes.md",
-    "causal_lm_bloomz_chinese.yaml", "relation_extraction_zh.yaml",
-}  # fmt: skip
 _EVERY_RECIPE: dict[str, Any] = {
     "task": "CAUSAL_LM",
     "model": {"name_or_path": "owner/name"},
@@ -60,12 +55,12 @@ def test_lines_of_json_can_be_read(block: Block) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    missing = [link for link in links if link and not (page.parent / link).exists() and Path(link).name not in TO_COME]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
     assert not missing
 
 
 def test_the_table_of_commands_has_every_command_with_options_that_it_takes() -> None:
-    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8").partition("## Commands")[2]
+    text = (ROOT / "docs" / "overview.md").read_text(encoding="utf-8").partition("## Commands")[2]
     rows = dict(re.findall(r"^\| (`[^|]+`) \| (.+) \|$", text, re.MULTILINE))
     program: Any = typer.main.get_command(app)
     listed = {name for first in rows for name in re.findall(r"`(\w+)", first)}
@@ -75,7 +70,7 @@ def test_the_table_of_commands_has_every_command_with_options_that_it_takes() ->
         if name in program.commands:
             taken = {option for parameter in program.commands[name].params for option in parameter.opts}
             missing = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", first + rest)) - taken
-            assert not missing - {"--data"} if name == "init" else not missing, name
+            assert not missing, name
 
 
 def without_comments(block: Block) -> list[str]:
