@@ -76,12 +76,17 @@ MODELS: dict[str, Published] = {
     "google-bert/bert-base-chinese": _bert(768, 12, 21128),
     "google-bert/bert-base-uncased": _bert(768, 12, 30522),
     "google/flan-t5-small": _t5("t5", 512, 1024, 8, 6, 32128),
+    "google/flan-t5-base": _t5("t5", 768, 2048, 12, 12, 32128),
+    "google/gemma-3-270m-it": _decoder("gemma3_text", "gemma", _sizes(640, 2048, 18, 4, 262144), 1, 32768, **_GEMMA3),
     "google/gemma-3-1b-it": _decoder("gemma3_text", "gemma", _sizes(1152, 6912, 26, 4, 262144), 1, 32768, **_GEMMA3),
     "google/mt5-small": _t5("mt5", 512, 1024, 8, 6, 250112),
     "HuggingFaceTB/SmolLM2-135M-Instruct": _decoder("llama", "chatml", _sizes(576, 1536, 30, 9, 49152), 3, 8192),
     "intfloat/multilingual-e5-small": _bert(384, 12, 250037, "BertModel"),
     "meta-llama/Llama-3.2-1B-Instruct": _decoder("llama", "llama3", _sizes(2048, 8192, 16, 32, 128256), 8, 131072, head_dim=64),
     "Qwen/Qwen2.5-0.5B-Instruct": _decoder("qwen2", "chatml", _sizes(896, 4864, 24, 14, 151936), 2, 32768),
+    "Qwen/Qwen2.5-32B-Instruct": _decoder(
+        "qwen2", "chatml", _sizes(5120, 27648, 64, 40, 152064), 8, 32768, tie_word_embeddings=False
+    ),
     "Qwen/Qwen2.5-7B-Instruct": _decoder(
         "qwen2", "chatml", _sizes(3584, 18944, 28, 28, 152064), 4, 32768, tie_word_embeddings=False
     ),

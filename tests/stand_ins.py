@@ -51,12 +51,13 @@ def put_stand_ins(home: Path, models: Iterable[str] = MODELS, datasets: Iterable
     Args:
         home: what HF_HOME is to be.
         models: hub ids, each of them a key of `MODELS`; all by default.
-        datasets: hub ids, each of them a key of `DATASETS`; all by default.
+        datasets: hub ids, each of them in `DATASETS`; all by default.
     """
     for name in models:
         _put_model(home / "hub" / f"models--{name.replace('/', '--')}", MODELS[name])
-    for name in DATASETS if datasets is None else datasets:
-        _put_dataset(home / "datasets", name)
+    for data in DATASETS:
+        if datasets is None or data.name in datasets:
+            _put_dataset(home / "datasets", data)
     return offline(home)
 
 
@@ -116,7 +117,7 @@ def _texts() -> list[str]:
     """The rows of the shipped data and of the stand-in data sets: words that recipes use."""
     files = sorted((ROOT / "recipes" / "data").rglob("*.jsonl"))
     rows = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return rows + [json.dumps(row, ensure_ascii=False) for data in DATASETS.values() for row in data.rows("train")]
+    return rows + [json.dumps(row, ensure_ascii=False) for data in DATASETS for row in data.rows("train")]
 
 
 @functools.cache
@@ -139,11 +140,20 @@ def stand_in_tokenizer(kind: str) -> Any:
 
 @dataclass(frozen=True)
 class StandInData:
-    """A data set on the hub: the configuration, columns with classes, the columns with text, and rows by split."""
+    """A data set on the hub.
 
+    Attributes:
+        name: its hub id.
+        config: its configuration.
+        splits: their names.
+        classes: of columns that hold class numbers, the names of the classes.
+        row: a row by its number.
+    """
+
+    name: str
     config: str
-    classes: dict[str, list[str]]
     splits: tuple[str, ...]
+    classes: dict[str, list[str]]
     row: Callable[[int], dict[str, Any]]
 
     def rows(self, split: str) -> list[dict[str, Any]]:
@@ -152,13 +162,13 @@ class StandInData:
         return [self.row(start + index) for index in range(24)]
 
 
-def _put_dataset(cache: Path, name: str) -> None:
+def _put_dataset(cache: Path, data: StandInData) -> None:
     """A data set as `datasets` keeps it once it was loaded: an Arrow file for each split, and what is known of them."""
     from datasets import ClassLabel, Dataset, DatasetInfo, SplitDict, SplitInfo
     from datasets.arrow_writer import ArrowWriter
     from datasets.naming import camelcase_to_snakecase
 
-    data, (owner, _, short) = DATASETS[name], name.rpartition("/")
+    owner, _, short = data.name.rpartition("/")
     short = camelcase_to_snakecase(short)
     folder = cache / f"{owner}___{short}" / data.config / "0.0.0" / _COMMITS["main"]
     if folder.exists():
@@ -173,49 +183,74 @@ def _put_dataset(cache: Path, name: str) -> None:
                 writer.write(row)
             num_examples, num_bytes = writer.finalize()
         splits[split] = SplitInfo(split, num_bytes=num_bytes, num_examples=num_examples, dataset_name=short)
-    DatasetInfo(
-        features=features, builder_name="parquet", dataset_name=short, config_name=data.config, version="0.0.0", splits=splits
-    ).write_to_directory(str(folder))
+    info = DatasetInfo(features=features, dataset_name=short, config_name=data.config, version="0.0.0", splits=splits)
+    info.write_to_directory(str(folder))
 
 
-_THINGS = ["the parcel", "my order", "a profit", "this film", "the service", "our shop", "its share"]
-_GOOD = ["rose again", "was on time", "went very well", "made everyone happy", "is better than before"]
-_BAD = ["fell again", "never came", "was a mess", "made everyone angry", "is worse than before"]
-_PLAIN = ["was named today", "is in the north", "has two parts", "opens at nine", "was counted"]
+_THINGS = ("the parcel", "my order", "a profit", "this film", "the service", "our shop", "its share")
+_GOOD = ("rose again", "was on time", "went very well", "made everyone happy", "is better than before")
+_BAD = ("fell again", "never came", "was a mess", "made everyone angry", "is worse than before")
+_PLAIN = ("was named today", "is in the north", "has two parts", "opens at nine", "was counted")
 
 
-def _sentence(index: int, kinds: tuple[list[str], ...]) -> str:
+def _sentence(index: int, *kinds: tuple[str, ...]) -> str:
     """A short sentence, other for every index; what it says of its thing is of the kind of its index."""
     ends = kinds[index % len(kinds)]
     return f"{_THINGS[index % len(_THINGS)]} {ends[index % len(ends)]}, number {index}"
 
 
-def _complaint(index: int) -> dict[str, Any]:
-    return {"Tweet text": f"@shop {_sentence(index, (_BAD, _GOOD))}", "ID": index, "Label": 1 + index % 2}
+def _feeling(index: int) -> dict[str, Any]:
+    return {"sentence": _sentence(index, _BAD, _GOOD), "label": index % 2, "idx": index}
 
 
 def _paraphrase(index: int) -> dict[str, Any]:
-    one, other = _sentence(index, (_GOOD, _BAD)), _sentence(index + index % 2, (_GOOD, _BAD))
+    one, other = _sentence(index, _GOOD, _BAD), _sentence(index + index % 2, _GOOD, _BAD)
     return {"sentence1": one, "sentence2": f"they say {other}", "label": (index + 1) % 2, "idx": index}
 
 
+def _inference(index: int) -> dict[str, Any]:
+    premise, other = _sentence(index, _GOOD, _BAD), _sentence(index + index % 3, _GOOD, _BAD)
+    return {"premise": premise, "hypothesis": f"it is said that {other}", "label": index % 3, "idx": index}
+
+
+def _complaint(index: int) -> dict[str, Any]:
+    return {"Tweet text": f"@shop {_sentence(index, _BAD, _GOOD)}", "ID": index, "Label": 1 + index % 2}
+
+
+def _news(index: int) -> dict[str, Any]:
+    return {"sentence": _sentence(index, _BAD, _PLAIN, _GOOD), "label": index % 3}
+
+
+def _conversation(index: int) -> dict[str, Any]:
+    return {"text": f"### Human: What of {_sentence(index, _PLAIN)}?### Assistant: It is {_sentence(index, _GOOD)}."}
+
+
 def _preferred(index: int) -> dict[str, Any]:
-    asked = {"role": "user", "content": f"What do you know of {_THINGS[index % len(_THINGS)]}, number {index}?"}
-    answers = {"chosen": _sentence(index, (_PLAIN,)), "rejected": "no idea"}
+    asked = {"role": "user", "content": f"What of {_sentence(index, _PLAIN)}?"}
+    answers = {"chosen": _sentence(index, _GOOD), "rejected": "no idea"}
     turns = {name: [asked, {"role": "assistant", "content": text}] for name, text in answers.items()}
-    return {"prompt": asked["content"], **turns, "score_chosen": 8.0, "score_rejected": 2.0}
+    return {**turns, "score_chosen": 8.0, "score_rejected": 2.0}
 
 
-DATASETS = {
-    "nyu-mll/glue": StandInData(
-        "mrpc", {"label": ["not_equivalent", "equivalent"]}, ("train", "validation", "test"), _paraphrase
+def _quote(index: int) -> dict[str, Any]:
+    return {"quote": _sentence(index, _GOOD, _BAD), "author": "Nobody", "tags": ["words"]}
+
+
+_GLUE = ("train", "validation", "test")
+DATASETS = (
+    StandInData("Abirate/english_quotes", "default", ("train",), {}, _quote),
+    StandInData("nyu-mll/glue", "mrpc", _GLUE, {"label": ["not_equivalent", "equivalent"]}, _paraphrase),
+    StandInData("nyu-mll/glue", "sst2", _GLUE, {"label": ["negative", "positive"]}, _feeling),
+    StandInData(
+        "nyu-mll/glue", "mnli", ("train", "validation_matched", "validation_mismatched"),
+        {"label": ["entailment", "neutral", "contradiction"]}, _inference,
     ),
-    "ought/raft": StandInData(
-        "twitter_complaints", {"Label": ["Unlabeled", "complaint", "no complaint"]}, ("train", "test"), _complaint
+    StandInData(
+        "ought/raft", "twitter_complaints", ("train", "test"), {"Label": ["Unlabeled", "complaint", "no complaint"]}, _complaint
     ),
-    "takala/financial_phrasebank": StandInData(
-        "sentences_allagree", {"label": ["negative", "neutral", "positive"]}, ("train",),
-        lambda index: {"sentence": _sentence(index, (_BAD, _PLAIN, _GOOD)), "label": index % 3},
+    StandInData(
+        "takala/financial_phrasebank", "sentences_allagree", ("train",), {"label": ["negative", "neutral", "positive"]}, _news
     ),
-    "trl-lib/ultrafeedback_binarized": StandInData("default", {}, ("train", "test"), _preferred),
-}  # fmt: skip
+    StandInData("timdettmers/openassistant-guanaco", "default", ("train", "test"), {}, _conversation),
+    StandInData("trl-lib/ultrafeedback_binarized", "default", ("train", "test"), {}, _preferred),
+)  # fmt: skip
