@@ -114,12 +114,23 @@ def hub_rows(source: SourceSection) -> Iterator[Numbered]:
 def _load_hub(source: SourceSection) -> Any:
     from datasets import load_dataset
 
-    options = {"split": source.split or "train", "revision": source.revision, "streaming": source.streaming}
+    options = {"split": source.split or "train", "streaming": source.streaming}
     try:
-        return load_dataset(source.path, source.config, **options)
+        try:
+            return load_dataset(source.path, source.config, revision=source.revision, **options)
+        except RuntimeError as error:
+            if "Dataset scripts" not in str(error) or source.revision is not None:
+                raise
+            return load_dataset("parquet", data_files=_converted(source), **options)
     except Exception as error:  # the hub client, the builder and the file readers each raise their own
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the dataset `{source.path}` cannot be loaded: {what}") from error
+
+
+def _converted(source: SourceSection) -> dict[str, str]:
+    """The Parquet files that the hub has made of a split whose rows a script would make, which datasets refuses since 4.0."""
+    split = (source.split or "train").partition("[")[0]
+    return {split: f"hf://datasets/{source.path}@refs/convert/parquet/{source.config or 'default'}/{split}/*.parquet"}
 
 
 def hub_fingerprint(source: SourceSection) -> str:
