@@ -308,14 +308,19 @@ def _from_pretrained(
         model, info = (model_class or _auto_class(base, config)).from_pretrained(
             base.path,
             config=config,
-            revision=base.revision,
+            revision=base.revision or "main",  # only under this name does transformers look for converted pickle weights
             use_safetensors=base.use_safetensors or None,
             output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise_if_exhausted(error)
-        raise LoadError(f"the model `{base.path}` cannot be loaded: {first_line(error)}") from error
+        what = first_line(error)
+        if isinstance(error, OSError) and base.use_safetensors and "safetensors" in what:
+            what = (
+                "there are no weights in safetensors; `model.use_safetensors: false` takes pickle weights, which can run code"
+            )
+        raise LoadError(f"the model `{base.path}` cannot be loaded: {what}") from error
     return model, info
 
 
