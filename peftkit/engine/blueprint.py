@@ -55,13 +55,14 @@ class Blueprint:
         return 100 * self.trainable_params / self.all_params
 
 
-def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Blueprint:
+def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None, *, total_steps: int | None = None) -> Blueprint:
     """Build the model and its adapter on the meta device and check every name that the recipe mentions.
 
     Args:
         plan: the plan.
         num_labels: classes of a classifier, where they are known already.
         tokenizer: the model's, for methods that are given text.
+        total_steps: optimizer steps of the run, where they are known, for methods that have a schedule of their own.
 
     Raises:
         LoadError: the model's config cannot be read.
@@ -87,7 +88,7 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
         raise RecipeError([Problem("", key, what) for key, what in problems])
     notes = quantization_notes(plan, model) + _expert_notes(plan, model)
     tied, missing = is_tied(model), missing_weights(base, model) if plan.task.has_head else set()
-    adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer))
+    adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer, total_steps=total_steps))
     if isinstance(adapted, peft.PeftModel):
         if problems := list(unfit(plan, adapted)):
             raise RecipeError([Problem("", key, what) for key, what in problems])
