@@ -1,7 +1,7 @@
 """What `plan` says of every shipped recipe on the real model: the table of docs/recipes.md, written by `UPDATE_DOCS=1`.
 
-Models are their config.json on the meta device. Rows are those of the stand-ins, each stretched to `data.max_length` tokens, so
-that memory does not depend on how long they happen to be.
+Models are their config.json on the meta device. Rows are those of the stand-ins, repeated and each stretched to
+`data.max_length` tokens, so that memory does not depend on how many and how long they happen to be.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import pytest
 import peftkit.engine.survey
 from peftkit.engine.data import Data
 from peftkit.engine.examples import ExampleWriter
+from peftkit.engine.fit import CONTEXT_BYTES, HOLES, gpu_of
 from peftkit.plan import Hardware, make_plan
 from peftkit.recipe import load_recipe
 from peftkit.tasks.example import IGNORE_INDEX, Example
 from tests.real_configs import MODELS
-from tests.recipes import LAYOUT, NAMES, RECIPES, ROOT, header_commands, model_of, put_stand_ins_of, train
+from tests.recipes import NAMES, RECIPES, ROOT, header_commands, model_of, put_stand_ins_of, train
 from tests.runs import run_cli
 from tests.stand_ins import REAL_SIZE
 
 DOCS = ROOT / "docs" / "recipes.md"
+ROWS = 64  # as many as the largest batch
 GPU_GIB = (24, 80)
-EIGHT = Hardware("cuda", "one of 8 GPUs of 80 GiB", supports_bf16=True, memory_bytes=80 * 2**30, num_processes=8)
+GPU = Hardware("cuda", "a GPU", supports_bf16=True, memory_bytes=80 * 2**30)
 # What recipes build on is made for the real model by one step: of all-MiniLM-L6-v2, and of one layer as wide as flan-t5-base.
 ONE_STEP = {
     "quickstart": [
@@ -64,8 +66,8 @@ def stretched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: Any, **options: Any) -> Data:
         data = load_data(*arguments, **options)
         writer = ExampleWriter(tmp_path / "stretched")
-        for example in data.sample:
-            writer.add(longest(example, data.encoding.max_length))
+        for number in range(max(len(data.sample), ROWS)):
+            writer.add(longest(data.sample[number % len(data.sample)], data.encoding.max_length))
         return dataclasses.replace(data, train=writer.finish())
 
     monkeypatch.setattr(peftkit.engine.survey, "load_data", load)
@@ -92,22 +94,26 @@ def in_real_size(recipe: Path) -> list[str]:
     return ["--set", "data.cache=false", *(["--set", f"model.revision={REAL_SIZE}"] if model_of(recipe) in MODELS else [])]
 
 
+def plan_for(gib: float, recipe: Path, *arguments: str) -> dict[str, Any]:
+    """What `plan` says on a GPU of so much memory, with `needed`: its bytes, CUDA's context and holes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftkit.commands.plan.detect_hardware", lambda: gpu_of(gib, GPU))
+        result = run_cli("plan", recipe, "--json", *arguments)
+    assert result.code == 0, result.err
+    planned: dict[str, Any] = result.json
+    return planned | {"needed": planned["memory_bytes"]["total"] * HOLES + CONTEXT_BYTES}
+
+
 def table_row(recipe: Path) -> str:
-    """The recipe's line of the table, by `plan` for the smallest of the GPUs that it fits as it is."""
+    """The recipe's line of the table, by `plan` for the smallest of the GPUs that it fits."""
     settings = in_real_size(recipe)
-    for gib in GPU_GIB:
-        result = run_cli("plan", recipe, "--json", "--fit", gib, *settings)
-        assert result.code == 0, result.err
-        planned = result.json
-        fits = [found for found in planned["fit"]["proposals"] if not found["set"]]
-        if fits:
-            break
+    gib, planned = next((gib, found) for gib in GPU_GIB if (found := plan_for(gib, recipe, *settings))["needed"] <= gib * 2**30)
     rows = re.search(r"largest pass: (\d+ x \d+) tokens", planned["memory_from"])
     assert rows
     cells = [
         f"[`{recipe.stem}`](../recipes/{recipe.name})", model_of(recipe), f"`{planned['method']}`", planned["task"],
         f"{planned['trainable_params']:,}", f"{planned['all_params']:,}", rows[1],
-        f"{fits[0]['gpu_bytes'] / 2**30:.1f} of {gib}",
+        f"{planned['needed'] / 2**30:.1f} of {gib}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -131,14 +137,14 @@ def test_the_table_has_the_shipped_recipes_alone() -> None:
 def test_eight_gpus_take_a_recipe_as_it_is(recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     in_real_size(recipe)
-    assert make_plan(load_recipe(recipe), EIGHT).dtype == "bfloat16"
+    assert make_plan(load_recipe(recipe), dataclasses.replace(GPU, num_processes=8)).dtype == "bfloat16"
 
 
 LAID_OUT = [
     arguments
     for path in RECIPES
     for command, *arguments in header_commands(path)
-    if command == "train" and LAYOUT & {*arguments}
+    if command == "train" and {"--processes", "--launch"} & {*arguments} and "--num-machines" not in arguments
 ]
 
 
@@ -147,8 +153,6 @@ def test_a_layout_in_a_header_fits_the_gpus_that_it_names(
     arguments: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workplace)
-    recipe = Path(arguments[0])
-    layout = arguments[1:] if "--num-machines" not in arguments else ["--processes", "16"]
-    (gib,) = re.findall(r"^# Needs: .*GPUs with (\d+) GB", recipe.read_text(encoding="utf-8"), re.MULTILINE)
-    result = run_cli("plan", recipe, "--json", "--fit", gib, *layout, *in_real_size(recipe))
-    assert result.json["fit"]["proposals"][0]["set"] == []
+    recipe, *layout = arguments
+    (gib,) = re.findall(r"^# Needs: .*GPUs with (\d+) GB", Path(recipe).read_text(encoding="utf-8"), re.MULTILINE)
+    assert plan_for(int(gib), Path(recipe), *layout, *in_real_size(Path(recipe)))["needed"] <= int(gib) * 2**30
