@@ -68,9 +68,8 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None, *, to
         LoadError: the model's config cannot be read.
         RecipeError: names that match nothing, and settings that this model cannot follow.
     """
-    labels = tuple(f"LABEL_{number}" for number in range(num_labels))
     base = base_of(plan)
-    config = load_config(base, Encoding(max_length=1, labels=labels))
+    config = load_config(base, Encoding(max_length=1, labels=tuple(f"LABEL_{number}" for number in range(num_labels))))
     model = meta_model(base, config)
     problems = [*model_problems(plan, model), *why_not_split(plan, model)]
     targets: dict[str, int] = {}

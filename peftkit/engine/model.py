@@ -384,19 +384,6 @@ def _padding_first(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
     return output
 
 
-def model_fingerprint(base: Base, config: PretrainedConfig) -> str:
-    """The commit of a hub model, or the sha256 of a local folder's config and weights: equal ones are the same model."""
-    commit = getattr(config, "_commit_hash", None)
-    if commit is not None:
-        return f"commit {commit}"
-    digest = hashlib.sha256()
-    patterns = ("config.json",) if base.init == "random" else ("config.json", "*.safetensors", "*.bin")
-    for path in sorted(file for pattern in patterns for file in Path(base.path).glob(pattern)):
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return f"sha256 {digest.hexdigest()}"
-
-
 def position_limit(config: PretrainedConfig, tokenizer: Any, taken: int = 0) -> int | None:
     """Longest input in tokens that the model has positions for, without `taken` ones; None where there is no such bound."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
