@@ -25,7 +25,8 @@ def test_a_shipped_recipe_is_valid(path: Path, tmp_path: Path, monkeypatch: pyte
     content = read_yaml(path)[0]
     monkeypatch.chdir(tmp_path)  # where the adapters are that a recipe builds on
     for key, kind in METHODS[content["adapter"]["method"]].reads_adapters.items():
-        for name in content["adapter"].get(key, []):
+        names = content["adapter"].get(key, [])
+        for name in [names] if isinstance(names, str) else names:
             write_adapter(tmp_path / name, kind)
     module = EMBEDDED_MODELS.get(content["model"]["name_or_path"])
     if module is not None and importlib.util.find_spec(module) is None:

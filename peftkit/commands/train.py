@@ -16,7 +16,7 @@ from peftkit.engine.blueprint import parameters_by_module
 from peftkit.engine.certify import NUM_ROWS, certify, reference_logits
 from peftkit.engine.compiled import compile_layers, uncompiled
 from peftkit.engine.data import Data
-from peftkit.engine.digest import weights_digest
+from peftkit.engine.digest import model_fingerprint, weights_digest
 from peftkit.engine.evaluate import flat_metrics
 from peftkit.engine.exhausted import explain_training_memory
 from peftkit.engine.facts import AdapterFacts, facts_of, write_model_card
@@ -28,7 +28,7 @@ from peftkit.engine.journal import Reporter
 from peftkit.engine.loaded import load_adapter
 from peftkit.engine.memory import plan_memory
 from peftkit.engine.micro_batch import settle_micro_batch
-from peftkit.engine.model import base_of, load_base_model, model_fingerprint, set_pad_token
+from peftkit.engine.model import base_of, load_base_model, set_pad_token
 from peftkit.engine.savings import save_memory
 from peftkit.engine.sharding import is_sharded, whole
 from peftkit.engine.store import initial_state, save_adapter

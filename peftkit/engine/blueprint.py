@@ -57,21 +57,21 @@ class Blueprint:
         return 100 * self.trainable_params / self.all_params
 
 
-def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Blueprint:
+def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None, *, total_steps: int | None = None) -> Blueprint:
     """Build the model and its adapter on the meta device and check every name that the recipe mentions.
 
     Args:
         plan: the plan.
         num_labels: classes of a classifier, where they are known already.
         tokenizer: the model's, for methods that are given text.
+        total_steps: optimizer steps of the run, where they are known, for methods that have a schedule of their own.
 
     Raises:
         LoadError: the model's config cannot be read.
         RecipeError: names that match nothing, and settings that this model cannot follow.
     """
-    labels = tuple(f"LABEL_{number}" for number in range(num_labels))
     base = base_of(plan)
-    config = load_config(base, Encoding(max_length=1, labels=labels))
+    config = load_config(base, Encoding(max_length=1, labels=tuple(f"LABEL_{number}" for number in range(num_labels))))
     model = meta_model(base, config)
     problems = [*model_problems(plan, model), *why_not_split(plan, model)]
     targets: dict[str, int] = {}
@@ -89,7 +89,7 @@ def draw_blueprint(plan: Plan, num_labels: int = 0, tokenizer: Any = None) -> Bl
     notes = quantization_notes(plan, model) + _expert_notes(plan, model)
     absent = missing_weights(base, model)  # looked for with every task: the hub may have no weights that can be loaded
     tied, missing = is_tied(model), absent if plan.task.has_head else set()
-    adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer))
+    adapted = attach_adapter(model, missing, Context(plan, tokenizer=tokenizer, total_steps=total_steps))
     if isinstance(adapted, peft.PeftModel):
         _refuse(list(unfit(plan, adapted)))
         targets = _real_counts(adapted, targets)

@@ -40,6 +40,7 @@ class AdapterFacts:
         system_prompt: system message for rows that have none.
         generation: settings of the recipe's generation section.
         trust_remote_code: as in the recipe.
+        use_safetensors: as in the recipe.
         init: `random` where the base was built from its config with `seed`.
         seed: seed of the run.
         config_overrides: changed keys of the model's config.
@@ -60,6 +61,7 @@ class AdapterFacts:
     system_prompt: str | None = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     trust_remote_code: bool = False
+    use_safetensors: bool = True
     init: str = "pretrained"
     seed: int = 0
     config_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -90,6 +92,7 @@ class AdapterFacts:
             seed=self.seed,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            use_safetensors=self.use_safetensors,
             config_overrides=self.config_overrides,
             linear=method is not None and method.linear_only,
             quantization=self.quantization,
@@ -113,6 +116,7 @@ def facts_of(plan: Plan, base: str, encoding: Encoding, data_format: str) -> Ada
         system_prompt=recipe.data.system_prompt if recipe.data else None,
         generation=recipe.generation.model_dump(mode="json") if plan.task.generates else {},
         trust_remote_code=recipe.model.trust_remote_code,
+        use_safetensors=recipe.model.use_safetensors,
         init=recipe.model.init,
         seed=recipe.training.seed,
         config_overrides=dict(recipe.model.config_overrides),

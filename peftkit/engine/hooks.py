@@ -42,7 +42,7 @@ class Context:
 
     Attributes:
         plan: the plan.
-        total_steps: optimizer steps of the run; None where only shapes are wanted.
+        total_steps: optimizer steps of the run; None where they are not known.
         tokenizer: the model's; None where it is not at hand.
         runtime: the task on tensors; None where only shapes are wanted.
         batches: rows per batch -> batches of one epoch, for initialisations that look at data; None as above.

@@ -129,11 +129,17 @@ def phases_of(found: Survey, runtime: Runtime, size: Stored, held: Held) -> Iter
     logits = _certificate_bytes(found, runtime)
     if evaluated := _evaluation(found, runtime):
         yield "evaluation", training | {"activations": evaluated.total}
-    if size.certified:  # what processes share cannot be let go of by one of them
-        whole = training["weights"] + size.certified
+    if size.certified and (on_cpu or _is_certified_here(plan, size, training)):
+        whole = training["weights"] + size.certified  # what processes share cannot be let go of by one of them
         yield "certificate", training | {"weights": whole, "activations": logits if on_cpu else 0}
     elif on_cpu:
         yield "certificate", fixed | {"activations": logits, "overhead": overhead + size.buckets}
+
+
+def _is_certified_here(plan: Plan, size: Stored, training: dict[str, int]) -> bool:
+    """Whether a GPU that has its part of a shared model has the fresh base too, as `certify` decides: else the CPU has it."""
+    free = plan.hardware.memory_bytes - sum(training.values())
+    return plan.quantization is not None or size.certified <= free // 2  # quantised weights are loaded onto the GPU
 
 
 def _loading_bytes(plan: Plan, model: nn.Module, size: Stored) -> int:

@@ -25,7 +25,7 @@ from peftkit.engine.modules import is_tied, linearised, other_tasks
 from peftkit.engine.quantized import loading_options, make_safe
 from peftkit.engine.weight_names import weight_names
 from peftkit.errors import LoadError
-from peftkit.hub import cached_commit, reason, require_model
+from peftkit.hub import reason, require_model
 from peftkit.plan import Plan
 from peftkit.recipe.paths import EMBEDDED_MODELS, find_path, require_tokenizer_files
 from peftkit.recipe.quantization import Quantization
@@ -291,14 +291,19 @@ def _from_pretrained(
         model, info = (model_class or _auto_class(base, config)).from_pretrained(
             base.path,
             config=config,
-            revision=base.revision,
+            revision=base.revision or "main",  # only under this name does transformers look for converted pickle weights
             use_safetensors=base.use_safetensors or None,
             output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise_if_exhausted(error)
-        raise LoadError(f"the model `{base.path}` cannot be loaded: {reason(error, base.path, base.revision)}") from error
+        what = reason(error, base.path, base.revision)
+        if isinstance(error, OSError) and base.use_safetensors and "safetensors" in what:
+            what = (
+                "there are no weights in safetensors; `model.use_safetensors: false` takes pickle weights, which can run code"
+            )
+        raise LoadError(f"the model `{base.path}` cannot be loaded: {what}") from error
     return model, info
 
 
@@ -348,20 +353,6 @@ def _padding_first(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
         places = (torch.arange(states.shape[1], device=states.device) - num_padding) % states.shape[1]  # (B, T)
         output.last_hidden_state = states.gather(1, places[:, :, None].expand_as(states))
     return output
-
-
-def model_fingerprint(base: Base, config: PretrainedConfig) -> str:
-    """The commit of a hub model, or the sha256 of a local folder's config and weights: equal ones are the same model."""
-    # transformers 5.23 leaves `_commit_hash` empty where a revision has been resolved before the file is asked for.
-    commit = getattr(config, "_commit_hash", None) or cached_commit(base.path, base.revision)
-    if commit is not None:
-        return f"commit {commit}"
-    digest = hashlib.sha256()
-    patterns = ("config.json",) if base.init == "random" else ("config.json", "*.safetensors", "*.bin")
-    for path in sorted(file for pattern in patterns for file in Path(base.path).glob(pattern)):
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return f"sha256 {digest.hexdigest()}"
 
 
 def position_limit(config: PretrainedConfig, tokenizer: Any, taken: int = 0) -> int | None:

@@ -113,17 +113,32 @@ def hub_rows(source: SourceSection) -> Iterator[Numbered]:
 
 
 def _load_hub(source: SourceSection) -> Any:
-    from datasets import load_dataset
-
-    options = {"split": source.split or "train", "revision": source.revision, "streaming": source.streaming}
+    options = {"split": source.split or "train", "streaming": source.streaming}
     try:
         require(Repo(source.path, source.revision, "dataset"))
-        return load_dataset(source.path, source.config, **options)
+        return _read_hub(source, options)
     except LoadError as error:
         raise DataError(f"the dataset `{source.path}` cannot be loaded: {error}") from error
     except Exception as error:  # the hub client, the builder and the file readers each raise their own
         what = reason(error, source.path, source.revision, "dataset")
         raise DataError(f"the dataset `{source.path}` cannot be loaded: {what}") from error
+
+
+def _read_hub(source: SourceSection, options: dict[str, Any]) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.path, source.config, revision=source.revision, **options)
+    except RuntimeError as error:
+        if "Dataset scripts" not in str(error) or source.revision is not None:
+            raise
+        return load_dataset("parquet", data_files=_converted(source), **options)
+
+
+def _converted(source: SourceSection) -> dict[str, str]:
+    """The Parquet files that the hub has made of a split whose rows a script would make, which datasets refuses since 4.0."""
+    split = (source.split or "train").partition("[")[0]
+    return {split: f"hf://datasets/{source.path}@refs/convert/parquet/{source.config or 'default'}/{split}/*.parquet"}
 
 
 def hub_fingerprint(source: SourceSection) -> str:

@@ -20,7 +20,7 @@ from peftkit.engine.prepare import Model
 from peftkit.engine.quantizing import settle_quantization
 from peftkit.engine.questions import Question
 from peftkit.errors import Problem, RecipeError
-from peftkit.plan import Choice, Hardware, Plan, make_plan
+from peftkit.plan import Choice, Hardware, Plan, make_plan, num_steps
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.fit import model_kind
 from peftkit.tasks.chat import freeze_date, is_default_template, says_date, template_variables
@@ -79,7 +79,8 @@ def survey(
     if plan.task.uses_chat_template and is_default_template(model.tokenizer) and _has_conversations(data):
         reason = "the tokenizer has none: turns begin with `### User:` and the like; stored with the adapter"
         plan = dataclasses.replace(plan, choices=(*plan.choices, Choice("model.chat_template", "default", reason)))
-    blueprint = draw_blueprint(plan, data.encoding.num_outputs, model.tokenizer)
+    steps = num_steps(plan, data.train.num_rows)
+    blueprint = draw_blueprint(plan, data.encoding.num_outputs, model.tokenizer, total_steps=steps)
     paths = find_fast_paths(plan, blueprint.model)
     plan = dataclasses.replace(plan, rows=paths.rows, choices=(*plan.choices, *paths.choices))
     return Survey(plan, model.tokenizer, data, blueprint, resident_bytes(), questions)

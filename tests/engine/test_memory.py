@@ -396,3 +396,12 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
     code = "from peftkit.engine.hardware import peak_memory_bytes; print(peak_memory_bytes('cpu'))"
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 2**26 < int(ran.stdout) < len(ballast)
+
+
+def test_a_shared_model_that_fits_no_second_time_is_certified_on_the_cpu(lm_recipe: dict[str, Any], write_recipe: Any) -> None:
+    path, sharding = write_recipe(lm_recipe), Sharding(2, "zero2")
+    shared = plan_of(path, GPU, sharding=sharding)
+    held = sum(shared.phases["training"][part] for part in ("weights", "adapter", "optimizer", "overhead"))
+    whole = shared.phases["certificate"]["weights"] - shared.phases["training"]["weights"]
+    small = dataclasses.replace(GPU, memory_bytes=held + 2 * whole - 1)
+    assert "certificate" not in plan_of(path, small, sharding=sharding).phases

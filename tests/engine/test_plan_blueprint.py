@@ -495,3 +495,14 @@ def test_a_size_that_does_not_fit_is_refused_before_any_weight_is_loaded(
     assert result.code == 2
     assert "adapter.block_size: is 256" in result.err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_refuses_a_schedule_of_ranks_that_the_run_is_too_short_for(
+    cli: Any, write_recipe: Any, cls_recipe: Any, tmp_path: Path
+) -> None:
+    cls_recipe["adapter"] = {"method": "adalora", "tinit": 4, "tfinal": 2}
+    for command in (["plan"], ["train", "--output", tmp_path / "run"]):
+        result = cli(command[0], write_recipe(cls_recipe), *command[1:])
+        assert result.code == 2
+        assert "the run has 6 steps: none is left to prune ranks in" in " ".join(result.err.split())
+    assert not (tmp_path / "run").exists()

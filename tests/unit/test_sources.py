@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pytest
 
@@ -223,6 +224,23 @@ def test_a_dataset_is_loaded_by_the_hub_client(folder: Path, streaming: bool, mo
     write_jsonl(folder / "rows" / "inner" / "c.jsonl", ROWS)
     found = list(hub_rows(SourceSection(path=str(folder / "rows" / "inner"), streaming=streaming)))
     assert found == [(f"{folder}/rows/inner[train]:{number}", row) for number, row in enumerate(ROWS, 1)]
+
+
+def test_of_a_dataset_with_a_script_the_parquet_files_of_the_hub_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def load_dataset(path: str, *arguments: Any, **options: Any) -> Any:
+        calls.append((path, options.get("data_files")))
+        if path != "parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found raft.py")
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read("ought/raft", config="tweets", split="train[:10]") == [("ought/raft[train[:10]]:1", {"text": "a"})]
+    files = "hf://datasets/ought/raft@refs/convert/parquet/tweets/train/*.parquet"
+    assert calls == [("ought/raft", None), ("parquet", {"train": files})]
+    with pytest.raises(DataError, match=r"`ought/raft` cannot be loaded: Dataset scripts are no longer supported"):
+        read("ought/raft", revision="v1")
 
 
 def test_a_dataset_that_cannot_be_loaded_is_named() -> None:
