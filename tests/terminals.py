@@ -24,8 +24,8 @@ def talk(folder: Path, arguments: Sequence[Any], answers: Sequence[str]) -> tupl
     An answer is followed by Enter, unless it is a control character.
     """
     with _started(folder, [str(argument) for argument in arguments]) as (terminal, process):
-        shown, asked = "", iter(answers)
-        while piece := _read(terminal):
+        shown, asked, answer = "", iter(answers), None
+        while piece := _read(terminal, is_interrupted=answer == CTRL_C):
             shown += piece
             if shown.endswith(PROMPTS) and (answer := next(asked, None)) is not None:
                 time.sleep(0.1)  # a Ctrl-C that comes before readline waits is seen by it at the next key only
@@ -50,10 +50,13 @@ def _started(folder: Path, arguments: list[str]) -> Iterator[tuple[int, subproce
         os.close(own)
 
 
-def _read(terminal: int) -> str:
-    """What is written next; empty where the process has ended."""
-    ready, _, _ = select.select([terminal], [], [], _SECONDS)
-    assert ready, "nothing was written for half a minute"
+def _read(terminal: int, *, is_interrupted: bool) -> str:
+    """What is written next; empty where the process has ended. A Ctrl-C without an effect is given again, as a person does."""
+    end = time.monotonic() + _SECONDS
+    while not select.select([terminal], [], [], 1.0)[0]:
+        assert time.monotonic() < end, "nothing was written for half a minute"
+        if is_interrupted:
+            os.write(terminal, CTRL_C.encode())
     try:
         return os.read(terminal, 2**16).decode(errors="replace")
     except OSError:  # Linux says so when the other end is closed

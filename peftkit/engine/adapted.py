@@ -236,6 +236,11 @@ class _KeysAndValues:
             raise RecipeError(
                 f"adapter.method: {type(reader).__name__} keeps no keys and values, so none can be put in front of them"
             )
+        if hasattr(adapted.base_model.config.get_text_config(), "kv_lora_rank"):  # multi-head latent attention (DeepSeek-V2)
+            raise RecipeError(
+                f"adapter.method: {type(reader).__name__} keeps one compressed vector in place of keys and values, before "
+                "which none can be put"
+            )
         reader.register_forward_pre_hook(self.insert, with_kwargs=True)
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Any, Kwargs]:

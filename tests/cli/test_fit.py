@@ -37,7 +37,7 @@ def validate(cli: Cli, write_recipe: Write, recipe: dict[str, Any], tmp_path: Pa
 def test_init_refuses_a_method_that_does_not_fit_the_task_and_names_those_that_do(
     cli: Cli, tmp_path: Path, task: str, method: str
 ) -> None:
-    result = cli("init", tmp_path / "r.yaml", "--task", task, "--method", method)
+    result = cli("init", tmp_path / "r.yaml", "--task", task, "--method", method, "--model", "owner/name")
     assert (result.code, (tmp_path / "r.yaml").exists()) == (2, False)
     words = f"--method: `{method}` does not work for {task}: {METHODS[method].why_not}. These do: "
     assert words + ", ".join(methods_for(task, {})) in result.err

@@ -176,6 +176,10 @@ def test_a_model_without_keys_and_values_is_refused_prefixes_with_the_reason(tin
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_virtual_tokens_reach_every_decoder(tiny: Any, tmp_path: Path, name: str, method: str) -> None:
+    if (name, method) == ("deepseek_v3", "prefix_tuning"):
+        refused = run_cli("plan", write_recipe(tmp_path, "CAUSAL_LM", tiny(name), ADAPTERS[method]))
+        assert (refused.code, "one compressed vector in place of keys and values" in refused.err) == (2, True)
+        return
     assert trained(tmp_path, "CAUSAL_LM", tiny(name), ADAPTERS[method]).summary["certificate"]["passed"]
 
 
