@@ -18,8 +18,7 @@ import peftkit.engine.survey
 from peftkit.engine.data import Data
 from peftkit.engine.examples import ExampleWriter
 from peftkit.engine.fit import CONTEXT_BYTES, HOLES, gpu_of
-from peftkit.plan import Hardware, make_plan
-from peftkit.recipe import load_recipe
+from peftkit.plan import Hardware
 from peftkit.tasks.example import IGNORE_INDEX, Example
 from tests.real_configs import MODELS
 from tests.recipes import NAMES, RECIPES, ROOT, header_commands, model_of, put_stand_ins_of, train
@@ -136,8 +135,9 @@ def test_the_table_has_the_shipped_recipes_alone() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
 def test_eight_gpus_take_a_recipe_as_it_is(recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    in_real_size(recipe)
-    assert make_plan(load_recipe(recipe), dataclasses.replace(GPU, num_processes=8)).dtype == "bfloat16"
+    planned = plan_for(80, recipe, "--processes", "8", *in_real_size(recipe))
+    assert planned["problems"] == []
+    assert planned["needed"] <= 80 * 2**30
 
 
 LAID_OUT = [
