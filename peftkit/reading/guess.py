@@ -25,7 +25,7 @@ from peftkit.tasks import TASKS
 from peftkit.tasks.base import Task
 
 NUM_ROWS = 1000  # that are looked at
-_SHORT, _FEW_WORDS = 40, 5  # characters and words; names of classes have no more
+_SHORT, _FEW_WORDS, _ONE_WORD = 40, 5, 100  # names of classes have no more characters and words, or characters of one word
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+")  # as CSV files hold them
 _TURN_KEYS = {"role", "from"}
 _SPLIT_NAMES = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
@@ -354,5 +354,6 @@ def _are_ids(name: str, texts: Sequence[str]) -> bool:
 def _are_classes(texts: Sequence[str]) -> bool:
     """Whether texts are names of classes: short, and again and again the same (among few rows, two are enough)."""
     different = {*texts}
-    are_short = all(len(text) <= _SHORT and len(text.split()) <= _FEW_WORDS for text in different)
+    words = {text: len(text.split()) for text in different}
+    are_short = all(count <= _FEW_WORDS and len(text) <= (_SHORT if count > 1 else _ONE_WORD) for text, count in words.items())
     return are_short and len(different) <= max(2, len(texts) // 3) and len(texts) > 2

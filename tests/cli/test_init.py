@@ -63,8 +63,16 @@ def similar(path: Path) -> None:
     path.write_text("\n".join(["sentence_a\tsentence_b\tscore", *lines]), encoding="utf-8")
 
 
+def tickets(path: Path) -> None:
+    """Classes whose names are long words."""
+    names = [f"{what}_not_updated_after_cheque_or_cash_deposit" for what in ("balance", "statement")]
+    lines = [f"{number},why is this wrong at number {number}?,{names[number % 2]}" for number in range(12)]
+    path.write_text("\n".join(["ticket no,utterance,category", *lines]), encoding="utf-8")
+
+
 LAID_OUT: list[tuple[str, Callable[[Path], Any], str, str, dict[str, str]]] = [
     ("odd.csv", odd_csv, "SEQ_CLS", "classification", {"text": "customerReview", "label": "Stars"}),
+    ("tickets.csv", tickets, "SEQ_CLS", "classification", {"text": "utterance", "label": "category"}),
     ("chat.jsonl", chat, "CAUSAL_LM", "chat", {"messages": "dialog"}),
     ("ner.conll", conll, "TOKEN_CLS", "tokens", {}),
     ("mt.parquet", parquet, "SEQ_2_SEQ_LM", "seq2seq", {"source": "translation.en", "target": "translation.de"}),
