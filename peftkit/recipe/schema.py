@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictBool
+from pydantic import BeforeValidator, Field, StrictBool, model_validator
 from pydantic_core import PydanticKnownError
 
 from peftkit.formats import FORMATS
@@ -131,7 +131,9 @@ class DataSection(Section):
 
     train: Sources = Field(description="Rows to learn from: a path, a section with path and format, or a list of them.")
     validation: Fraction | Sources | None = Field(
-        None, description="Rows to evaluate on during training: a fraction of train (0 to 1), or sources like train."
+        None,
+        description="Rows to evaluate on during training: a fraction of train (0 to 1), or sources like train; a path alone has "
+        "the format, columns and template of train.",
     )
     test: Sources | None = Field(None, description="Rows to evaluate on once, at the end.")
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
@@ -185,6 +187,16 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, str | int | float | bool] = Field(
         {}, description="Further variables of the chat template, such as `enable_thinking: false`; stored with the adapter."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_alike(cls, data: Any) -> Any:
+        """Held-out rows that are a path alone are laid out as the training rows, where those say how they are."""
+        train = data.get("train") if isinstance(data, dict) else None
+        stated = train if isinstance(train, dict) else {}
+        layout = {name: stated[name] for name in ("format", "columns", "template") if name in stated}
+        paths = [name for name in ("validation", "test") if layout and isinstance(data.get(name), str)]
+        return data | {name: {"path": data[name]} | layout for name in paths} if paths else data
 
     @property
     def streams(self) -> bool:

@@ -391,3 +391,15 @@ def test_a_configuration_of_another_tool_is_told_the_command_that_turns_it_into_
     (tmp_path / "sft.yaml").write_text("model_name_or_path: x/y\nfinetuning_type: lora\ndataset: identity\n")
     with pytest.raises(RecipeError, match=r"`peftkit migrate .*sft\.yaml` makes a recipe of it"):
         load_recipe(tmp_path / "sft.yaml")
+
+
+def test_held_out_rows_that_are_a_path_are_laid_out_as_the_training_rows(load: Load, recipe: dict[str, Any]) -> None:
+    layout = {"format": "instruction", "columns": {"output": "label"}}
+    path = recipe["data"]["train"]
+    recipe["data"] |= {"train": {"path": path} | layout, "validation": path, "test": {"path": path}}
+    data = load(recipe).recipe.data
+    assert data is not None
+    assert isinstance(data.validation, tuple)
+    assert (data.validation[0].format, data.validation[0].columns) == ("instruction", {"output": "label"})
+    assert data.test is not None
+    assert (data.test[0].format, data.test[0].columns) == ("auto", {})
