@@ -132,8 +132,8 @@ class DataSection(Section):
     train: Sources = Field(description="Rows to learn from: a path, a section with path and format, or a list of them.")
     validation: Fraction | Sources | None = Field(
         None,
-        description="Rows to evaluate on during training: a fraction of train (0 to 1), or sources like train; a path alone has "
-        "the format, columns and template of train.",
+        description="Rows to evaluate on during training: a fraction of train (0 to 1), or sources like train; a path alone has"
+        " the format, columns and template of train.",
     )
     test: Sources | None = Field(None, description="Rows to evaluate on once, at the end.")
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
