@@ -38,7 +38,8 @@ def talk(folder: Path, arguments: Sequence[Any], answers: Sequence[str]) -> tupl
 def _started(folder: Path, arguments: list[str]) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     own, theirs = pty.openpty()
     # Ctrl-C is sent to the processes of which this is the controlling terminal, which `login_tty` makes it.
-    code = f"import os, runpy; os.login_tty({theirs}); runpy.run_module('peftkit', run_name='__main__', alter_sys=True)"
+    login = f"os.login_tty({theirs}); signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's jobs ignore it
+    code = f"import os, runpy, signal; {login}; runpy.run_module('peftkit', run_name='__main__', alter_sys=True)"
     environment = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder, pass_fds=[theirs], env=environment)
     os.close(theirs)

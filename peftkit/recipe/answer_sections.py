@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from peftkit.section import NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
-from peftkit.tasks.generations import GENERATION_METRICS
-from peftkit.tasks.triples import TripleFormat
+from peftkit.tasks.generations import GENERATION_METRICS, TripleFormat
 
 
 class EvaluationSection(Section):

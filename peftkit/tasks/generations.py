@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from peftkit.formats.base import CanonicalRow, RowError
-from peftkit.tasks.triples import TripleFormat
 
 # A name of `evaluation.generation_metrics` -> the metrics that it gives, each with whether more of it is better.
+TripleFormat = Literal["auto", "json", "tuples", "lines"]
 GENERATION_METRICS: dict[str, dict[str, bool]] = {
     "rouge": {"rouge1": True, "rouge2": True, "rougeL": True},
     "bleu": {"bleu": True},

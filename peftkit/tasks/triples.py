@@ -7,9 +7,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-TripleFormat = Literal["auto", "json", "tuples", "lines"]
+from peftkit.tasks.generations import TripleFormat
+
 Triple = tuple[str, str, str]
 # Names of head, relation and tail in JSON objects, where a recipe names none.
 KEYS = (

@@ -103,12 +103,13 @@ def made(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return folder_of
 
 
-def put_models_of(page: Path) -> None:
-    """Stand-ins of the hub's models that a page names, itself or by a shipped recipe."""
+def put_stand_ins_of(page: Path) -> None:
+    """Stand-ins of what a page names of the hub, itself or by a shipped recipe."""
     text = page.read_text(encoding="utf-8")
     recipes = [ROOT / name for name in re.findall(r"recipes/\w+\.yaml", text)]
     text += "".join(path.read_text(encoding="utf-8") for path in recipes if path.is_file())
-    put_stand_ins(Path(constants.HF_HOME), [name for name in MODELS if name in text], ())
+    paths = re.findall(r"path: ([^\s,}]+)", text)
+    put_stand_ins(Path(constants.HF_HOME), [name for name in MODELS if name in text], paths)
 
 
 def serve(words: list[str]) -> Result:
@@ -136,11 +137,11 @@ def run(command: Command) -> Result:
 
 
 def masked(line: str) -> str:
-    """A line without numbers, spaces and the rules of tables, and of a row of figures its name and width: what is the same for
-    another model and other rows."""
+    """A line without numbers, their units, spaces and the rules of tables, and of a row of figures its name and width: what is
+    the same for another model and other rows."""
     if "│" in line:
         line = line.strip("│ ").partition("│")[0] + "|" * line.count("│")
-    return re.sub(r"[+-]?\d[\d,.:e+-]*|[━─┏┓┗┛┡┩└┘╇┻┳┃│]|\s", "", line)
+    return re.sub(r"[+-]?\d[\d,.:e+-]*( [KMG]iB)?|[━─┏┓┗┛┡┩└┘╇┻┳┃│]|\s", "", line)
 
 
 def check_shown(command: Command, result: Result) -> None:
@@ -156,7 +157,7 @@ def check_shown(command: Command, result: Result) -> None:
 def test_every_command_of_a_page_runs_and_prints_what_is_shown(
     page: Path, models_dir: Path, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_models_of(page)
+    put_stand_ins_of(page)
     prepare(tmp_path, page, models_dir, made)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
