@@ -182,11 +182,19 @@ class Preparation:
             num_written += len(examples)
         self._judge(bad, split, num_written or too_long.count)
         if too_long.count and (not self.drops or not num_written):
-            too_long.heading = too_long_text(split, runtime.settings.max_length, too_long.longest, self.plan.task.truncations)
+            too_long.heading = self._too_long_text(split, runtime.settings.max_length, too_long.longest)
             too_long.fail()
         if not num_written:
             raise DataError(f"no row of {split} is left: `truncation: drop` dropped all {len(rows)}")
         return writer
+
+    def _too_long_text(self, split: str, max_length: int, longest: int) -> str:
+        """What to say of rows over max_length."""
+        ways = ", ".join(way for way in self.plan.task.truncations if way != "error")
+        limit, remedy = self.model.max_positions, f"`data.truncation` can be {ways}"
+        is_beyond = limit is not None and longest > limit
+        fits = f"the model takes at most {limit}; {remedy}" if is_beyond else f"{longest} would fit them all, {remedy} too"
+        return f"rows of {split} longer than {max_length} tokens (`data.max_length`; {fits})"
 
     def _keep(self, split: str, origin: str, row: CanonicalRow) -> None:
         """Keep a row that gave examples, where more than these is needed of it."""
@@ -250,13 +258,6 @@ class Preparation:
             "renderings": [{"row": row, **runtime.rendering(row)} for row in self.first],
         }
         write_json(self.folder / SUMMARY, summary)
-
-
-def too_long_text(split: str, max_length: int, longest: int, truncations: Sequence[str]) -> str:
-    """What to say of rows over max_length."""
-    ways = ", ".join(way for way in truncations if way != "error")
-    remedy = f"`data.truncation` can be {ways} too"
-    return f"rows of {split} longer than {max_length} tokens (`data.max_length`; {longest} would fit them all, {remedy})"
 
 
 def same_row(task: Task) -> str:

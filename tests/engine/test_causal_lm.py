@@ -191,6 +191,15 @@ def test_a_row_that_is_too_long_is_named_with_the_length_that_fits(
     assert cli("plan", write_recipe(recipe), "--set", f"data.max_length={num_tokens - 1}").code == 3
 
 
+def test_no_length_is_proposed_that_the_model_does_not_take(
+    cli: Any, write_recipe: Any, lm_recipe: dict[str, Any], tmp_path: Any
+) -> None:
+    lm_recipe["data"] = {"train": str(write_jsonl(tmp_path / "long.jsonl", [{"text": "a " * 300}])), "max_length": 200}
+    result = cli("plan", write_recipe(lm_recipe))
+    assert result.code == 3
+    assert "longer than 200 tokens (`data.max_length`; the model takes at most 256; `data.truncation` can be left" in result.err
+
+
 @pytest.mark.parametrize(("truncation", "counts"), [("drop", [5, 1, 0]), ("left", [6, 0, 1])])
 def test_dropped_and_cut_rows_are_counted_in_the_plan(
     cli: Any, write_recipe: Any, lm_recipe: Any, tmp_path: Any, truncation: str, counts: list[int]
