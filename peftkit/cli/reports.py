@@ -44,9 +44,7 @@ def runs(
 
 
 def diff(
-    left: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run directory, or a recipe.", autocompletion=completion.recipe_files)
-    ],
+    left: RunOrRecipe,
     right: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.", autocompletion=completion.recipe_files)],
     as_json: AsJson = False,
 ) -> None:

@@ -124,11 +124,11 @@ def answer_file(
     rows = [(origin, file_row(loaded, row, origin, question.task_id)) for origin, row in raw]
     examples = encode_prompts(loaded, rows)
     say_room(loaded, examples, settings)
-    job = fingerprint(loaded.folder, [row for _, row in raw], [question.task_id, base, dict(settings)])
+    own = [row for _, row in raw]
     write_answers(
         question.output,
-        job,
-        [row for _, row in raw],
+        fingerprint(loaded.folder, own, [question.task_id, base, dict(settings)]),
+        own,
         lambda done: answer_batches(loaded, examples, settings, batch_size=batch_size, done=done),
     )
     return len(raw), question.output

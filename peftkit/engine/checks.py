@@ -20,6 +20,7 @@ from peftkit.engine.targets import (
     Targets,
     count_matches,
     fused_experts,
+    leaf_names,
     linear_leaf_names,
     linear_sizes,
     matches,
@@ -80,7 +81,7 @@ def _taken_for_experts(plan: Plan, model: PreTrainedModel) -> Iterator[tuple[str
     hit = [name for name in taken_for_experts(model, plan.method) if matches(name, entries)]
     if not hit:
         return
-    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in hit}))
+    leaves = ", ".join(leaf_names(hit))
     experts = ", ".join(fused_experts(model))
     hint = f"; for these, `target_parameters: [{experts}]`" if experts else ""
     what = f"{leaves} of {type(model).__name__} cannot be adapted: PEFT (0.21) takes such names for those of its experts"
@@ -169,7 +170,6 @@ def _is_base_bias(name: str) -> bool:
 
 
 def _suggest(entry: str, names: list[str], model: PreTrainedModel) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    close = difflib.get_close_matches(entry, leaves, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(entry, leaf_names(names), n=1, cutoff=0.7)
     hint = f"; did you mean `{close[0]}`?" if close else ""
     return f"{hint}; its linear layers: {', '.join(linear_leaf_names(model))}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +29,6 @@ from peftkit.tasks import TASKS
 
 _COPIED = ("generation_config.json", RENDERINGS)
 _BATCH_SIZE = 8
-_Options = TypeVar("_Options", bound=GraphOptions)
 Client = SinglePassClient | DecodingClient
 
 
@@ -108,13 +107,13 @@ def running(target: str) -> Iterator[None]:
         ) from error
 
 
-def unquantised(options: _Options) -> _Options:
-    """The options of the file that a quantised one is made of."""
-    return options.model_copy(update={"quantization": "none", "data": None})
+def require_sound(target: str, check: Callable[..., Check], material: Material, options: GraphOptions, folder: Path) -> None:
+    """Check files before they are quantised.
 
-
-def require_sound(target: str, found: Check) -> None:
-    """Raise CertificateError where the file that is to be quantised gives something else than the adapter already."""
+    Raises:
+        CertificateError: they give something else than the adapter already.
+    """
+    found = check(material, options.model_copy(update={"quantization": "none", "data": None}), folder)
     if not found.passed:
         raise CertificateError(f"{target}: {found.client}: before quantisation, {found.detail}; nothing was written")
 

@@ -16,7 +16,6 @@ from peftkit.engine.graph_folder import (
     model_of,
     require_sound,
     running,
-    unquantised,
     write_companions,
 )
 from peftkit.engine.graphs import in_float16
@@ -48,7 +47,7 @@ def write(material: Material, options: OnnxOptions, folder: Path) -> None:
     write_companions(material, model, folder)
     if options.quantization == "none":
         return
-    require_sound("onnx", check(material, unquantised(options), folder))
+    require_sound("onnx", check, material, options, folder)
     for path in sorted(folder.glob("*.onnx")):
         _quantise(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from peftkit.engine.graph_folder import (
     model_of,
     require_sound,
     running,
-    unquantised,
     write_companions,
 )
 from peftkit.engine.tracing import import_openvino, openvino_model
@@ -42,7 +42,7 @@ def write(material: Material, options: OpenvinoOptions, folder: Path) -> None:
     write_companions(material, model, folder)
     if options.quantization == "none":
         return
-    require_sound("openvino", check(material, unquantised(options), folder))
+    require_sound("openvino", check, material, options, folder)
     for path in sorted(folder.glob("*.xml")):
         _quantise(path, options.quantization)
 
@@ -63,7 +63,7 @@ def _quantise(path: Path, kind: str) -> None:
         openvino.save_model(quantised, Path(place) / path.name, compress_to_fp16=False)
         del model, quantised  # they read the weights from the old file
         for part in Path(place).iterdir():
-            (path.parent / part.name).write_bytes(part.read_bytes())
+            shutil.copyfile(part, path.parent / part.name)
 
 
 def check(material: Material, options: OpenvinoOptions, folder: Path) -> Check:

@@ -48,10 +48,11 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 def linear_leaf_names(model: nn.Module) -> list[str]:
     """Last parts of the names of all linear layers, for messages."""
-    return _leaves(linear_modules(model))
+    return leaf_names(linear_modules(model))
 
 
-def _leaves(names: Iterable[str]) -> list[str]:
+def leaf_names(names: Iterable[str]) -> list[str]:
+    """Last parts of names, each once, sorted."""
     return sorted({name.rpartition(".")[2] for name in names})
 
 
@@ -87,11 +88,11 @@ def resolve_targets(
         layers = [name for name in names if _in_layers(name, head) and not _read_by_kernel(model, name) and name not in unfit]
         chosen, reason = (layers, "every linear layer of the backbone") if wanted else _by_inspection(model, layers, method)
         if unfit and chosen == layers:
-            reason += f" but {', '.join(_leaves(unfit))}, which PEFT (0.21) takes for the experts"
+            reason += f" but {', '.join(leaf_names(unfit))}, which PEFT (0.21) takes for the experts"
     if not chosen:
         what = "normalisation layers with weights" if method.targets == "norms" else "linear layers"
         raise RecipeError(f"adapter.method: {type(model).__name__} has no {what} for `{method.name}` to adapt")
-    leaves = _leaves(chosen)
+    leaves = leaf_names(chosen)
     hit = [name for name, _ in model.named_modules() if matches(name, leaves)]
     return _without(leaves, hit, [name for name in hit if name not in chosen], exclude, reason)
 
