@@ -43,7 +43,7 @@ def _needed(item: Requirement) -> Finding:
     remedy = f'pip install --upgrade "{item.name}{item.specifier}"'
     if found is None:
         return Finding("packages", item.name, "broken", f"is missing; it must be {item.specifier or 'there'}", remedy)
-    if not item.specifier.contains(found, prereleases=True):
+    if not _fits(item, found):
         return Finding("packages", item.name, "broken", f"{found} does not fit; it must be {item.specifier}", remedy)
     if item.name in _MEASURED and (measured := _newer_than_measured(found, item.specifier)):
         what = f"{found} is newer than {measured}, with which the tables of docs/methods.md were made"

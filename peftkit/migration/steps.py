@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftkit.migration.base import Draft, is_on, listed
+from peftkit.migration.ours import names_of
 from peftkit.recipe.yaml_file import parse_yaml
 
 OPTIMIZERS: Mapping[str, str] = {
@@ -22,12 +23,10 @@ OPTIMIZERS: Mapping[str, str] = {
     "ao_adamw_8bit": "adamw_bnb_8bit",
 }
 SCHEDULES: Mapping[str, str] = {
-    **{name: name for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")},
-    **{name: name for name in ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")},
+    **{name: name for name in names_of("training", "lr_scheduler_type")},
     "cosine_warmup_with_min_lr": "cosine_with_min_lr",
 }
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+TRACKERS, KERNELS = names_of("output", "report_to"), names_of("model", "attn_implementation")
 BATCH = "rows of a whole step over all devices; on N devices theirs is N times as much, so multiply it by N for the same step"
 _LOSS = ("loss", "eval_loss")
 
